@@ -1,0 +1,44 @@
+"""aollm runs language models that are larger than memory: weights stream from disk while the processor computes.
+
+Names are imported on first use, so that `import aollm` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .disk.memory import MemoryDisk
+    from .errors import AollmError, CheckpointError, ConfigError, DiskError, MemoryBudgetError, ModelError, RequestError, StoreError
+    from .request import Token
+    from .runtime import Runtime
+    from .settings import GenerationConfig, RuntimeConfig
+    from .stream import Completion, TokenStream
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "errors": ("AollmError", "CheckpointError", "ConfigError", "DiskError", "MemoryBudgetError", "ModelError", "RequestError", "StoreError"),
+    "disk.memory": ("MemoryDisk",),
+    "request": ("Token",),
+    "runtime": ("Runtime",),
+    "settings": ("GenerationConfig", "RuntimeConfig"),
+    "stream": ("Completion", "TokenStream"),
+}
+
+__all__ = [
+    "AollmError", "CheckpointError", "Completion", "ConfigError", "DiskError", "GenerationConfig", "MemoryBudgetError", "MemoryDisk",
+    "ModelError", "RequestError", "Runtime", "RuntimeConfig", "StoreError", "Token", "TokenStream",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f".{home}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({"__version__", *__all__})

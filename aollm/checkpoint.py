@@ -1,0 +1,272 @@
+"""Checkpoints: which bytes of which safetensors file are which tensor, read in place.
+
+A model folder comes from strangers, so a header is believed only after it accounts for every byte of its file. This
+module refuses to know what a tensor is for, unpickles nothing, imports nothing from the folder, and reads no weights.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any
+
+import anyio.to_thread
+
+from .disk.base import Disk, Extent, Priority
+from .errors import CheckpointError, DiskError, ModelError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+HEADER_LIMIT, INDEX_LIMIT = 32 << 20, 16 << 20
+MAX_TENSORS = 131_072  # of one file
+MAX_VALUES = 16 * MAX_TENSORS  # of one JSON text, where a tensor needs 14: `[[],[],…` would grow to 20 times its size in memory
+MAX_RANK, MAX_DIMENSION = 8, 1 << 31
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+CONVERT = "transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+DTYPES: dict[str, int] = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I32", "U32", "F32"), 4),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
+}
+"""Bytes of one element, by safetensors' code for the type."""
+TENSOR_NAME = re.compile(r"[\w.\-:/]{1,512}", re.ASCII)
+NUMBER = re.compile(r"\d+")
+SHARD_NAME = re.compile(r"\w[\w.\-]{0,240}\.safetensors", re.ASCII)
+AGAIN = "it is damaged or forged: download it again, from a source that you trust"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor: its type (a key of `DTYPES`), its shape, and where its bytes are."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    extent: Extent
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """All tensors of a model folder, in the `nbytes` bytes of `files` (full paths) that are tensors' bytes."""
+
+    folder: Path
+    tensors: Mapping[str, TensorEntry]
+    files: tuple[str, ...]
+    nbytes: int
+
+    def __getitem__(self, name: str) -> TensorEntry:
+        """The tensor called `name`; `CheckpointError` with the nearest names when there is none."""
+        if (entry := self.tensors.get(name)) is None:
+            kinds = {NUMBER.sub("0", other): other for other in self.tensors}  # a model has dozens, where it has 100,000 names
+            near = [kinds[kind] for kind in difflib.get_close_matches(NUMBER.sub("0", name), list(kinds)[:2000])]
+            raise CheckpointError(f"{self.folder} has no tensor {name}, but {near}; is its config.json that of another model?")
+        return entry
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.folder.name}: {len(self.tensors)} tensors in {len(self.files)} files, {self.nbytes / 1e9:.2f} GB>"
+
+
+async def open_checkpoint(folder: Path, disk: Disk) -> Checkpoint:
+    """Read the headers of `model.safetensors`, or of the index's shards, or of the only *.safetensors in `folder`.
+
+    Raises `ModelError` for a folder without weights, `CheckpointError` for weights that are missing, truncated or lie
+    about themselves, and `DiskError` when the drive fails.
+    """
+    name = await _first(folder, disk)
+    picks = await _read_index(folder, disk) if name == INDEX else {}
+    names = list(dict.fromkeys(picks.values())) if name == INDEX else [name]
+    shards = {shard: await _read_shard(folder, shard, disk) for shard in names}
+    tensors = await anyio.to_thread.run_sync(_merge, folder, shards, picks)
+    files = tuple(str(folder / shard) for shard in names)
+    return Checkpoint(folder, tensors, files, sum(entry.extent.nbytes for entry in tensors.values()))
+
+
+async def read_json(path: Path, limit: int = 16 << 20) -> dict[str, Any]:
+    """The JSON object in the file at `path`, for example config.json; NaN and Infinity pass, since such files are in use.
+
+    Raises `ModelError` if it is missing, leaves its folder by a link, is larger than `limit` bytes, or has a key twice.
+    """
+
+    def read() -> dict[str, Any]:
+        _guard(path.parent, path.name)
+        with path.open("rb") as file:
+            if len(data := file.read(limit + 1)) > limit:
+                raise ValueError(f"it is larger than {limit} bytes")
+        return _parse(data, constant=float)
+
+    try:
+        return await anyio.to_thread.run_sync(read)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be used: {error}; check the path, or download the file again") from error
+
+
+def parse_header(header: bytes, data_start: int, file_size: int, file: str) -> dict[str, TensorEntry]:
+    """The tensors of `file`, whose JSON header is `header` and whose data are its bytes from `data_start` to `file_size`.
+
+    Follows the safetensors format, more strictly than its own reader: no key twice, no odd names, no leading blanks, and
+    tensors that cover the data without a hole, an overlap or a rest. Raises `CheckpointError`, and nothing else.
+    """
+    try:
+        if header[:1] != b"{":
+            raise ValueError("the header does not start with {")
+        entries = _parse(header)
+        metadata = entries.pop("__metadata__", {})
+        if len(entries) > MAX_TENSORS:
+            raise ValueError(f"it lists {len(entries)} tensors, more than {MAX_TENSORS}")
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("__metadata__ does not map strings to strings")
+        found = {name: _entry(name, fields, data_start, file) for name, fields in entries.items()}
+        at = data_start
+        for entry in sorted(found.values(), key=lambda entry: (entry.extent.offset, entry.extent.end)):
+            if entry.extent.offset != at:
+                fault = "overlaps the tensor before it" if entry.extent.offset < at else "leaves a hole before it"
+                raise ValueError(f"tensor {entry.name}, at byte {entry.extent.offset}, {fault}: {at} was expected")
+            at = entry.extent.end
+        if at != file_size:
+            fault = "is truncated" if at > file_size else "has trailing bytes that belong to no tensor"
+            raise ValueError(f"the file {fault}: it has {file_size} bytes, and its tensors end at {at}")
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}; {AGAIN}") from error
+    return found
+
+
+def _entry(name: str, fields: object, data_start: int, file: str) -> TensorEntry:
+    if not TENSOR_NAME.fullmatch(name):
+        raise ValueError(f"{short(name)} cannot be the name of a tensor")
+    if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {name} is not described by dtype, shape and data_offsets alone")
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"{file}: tensor {name} has dtype {short(dtype)}; save the model in one of {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(type(n) is int and 0 <= n <= MAX_DIMENSION for n in shape):
+        raise ValueError(f"tensor {name} has shape {short(shape)}: not at most {MAX_RANK} whole numbers from 0 to {MAX_DIMENSION}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets) or not 0 <= offsets[0] <= offsets[1]:
+        raise ValueError(f"tensor {name} has data_offsets {short(offsets)}: not a begin and an end")
+    begin, end = offsets
+    if (nbytes := math.prod(shape) * DTYPES[dtype]) != end - begin:
+        raise ValueError(f"tensor {name} has shape {shape} of {dtype}, {nbytes} bytes, but data_offsets of {short(end - begin)} bytes")
+    return TensorEntry(name, dtype, tuple(shape), Extent(file, data_start + begin, nbytes))
+
+
+def _parse(data: bytes, constant: Callable[[str], object] = int) -> dict[str, Any]:
+    """A JSON object, no key twice in it or below; `ValueError` for all else. `constant` takes NaN or Infinity; int raises."""
+    if sum(map(data.count, b"{[,")) > MAX_VALUES:
+        raise ValueError(f"it holds more than {MAX_VALUES:,} values")
+    try:
+        found = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=constant)
+    except RecursionError as error:
+        raise ValueError("its JSON is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError("it is not a JSON object")
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(built := dict(pairs)) != len(pairs):
+        raise ValueError(f"the key {short(Counter(key for key, _ in pairs).most_common(1)[0][0])} appears twice")
+    return built
+
+
+async def _first(folder: Path, disk: Disk) -> str:
+    """The file to begin with. The disk is asked first: it need not be the computer's filesystem."""
+    for name in (SINGLE, INDEX):
+        try:
+            await _size(folder, name, disk)
+            return name
+        except DiskError:
+            pass
+    try:
+        names = sorted(await anyio.to_thread.run_sync(os.listdir, folder))
+    except OSError as error:
+        raise ModelError(f"{folder}: {error.strerror}; give the path of a folder with config.json and *.safetensors files") from error
+    weights = [name for name in names if name.endswith(".safetensors")]
+    if not weights and (pickles := [name for name in names if name.endswith(PICKLES)]):
+        why = f"has only pickles ({pickles[0]}), which can run code when loaded and are refused; download it as safetensors"
+        raise ModelError(f"{folder} {why}, or, if you trust it, convert it: {CONVERT}")
+    if not weights:
+        raise ModelError(f"{folder} has no *.safetensors file; download the model's weights into it")
+    if len(weights) > 1 and SINGLE not in weights and INDEX not in names:
+        raise ModelError(f"{folder} has {len(weights)} *.safetensors files and no {INDEX}; download that file too")
+    return next((name for name in (SINGLE, INDEX) if name in names), weights[0])
+
+
+def _guard(folder: Path, name: str) -> None:
+    """Refuse a link out of the folder (or out of the Hugging Face cache that it is part of), and all but regular files."""
+    path, root = folder / name, Path(os.path.realpath(folder))
+    cached = root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--")
+    allowed = (root, root.parent.parent / "blobs") if cached else (root,)
+    real = Path(os.path.realpath(path))
+    if not any(real.is_relative_to(each) for each in allowed):
+        raise CheckpointError(f"{path} is a link that leaves the model folder; put the file itself there if you trust it")
+    if os.path.lexists(path) and not os.path.isfile(real):
+        raise CheckpointError(f"{path} is not a regular file, nor a link to one; download it again")
+
+
+async def _size(folder: Path, name: str, disk: Disk) -> int:
+    await anyio.to_thread.run_sync(_guard, folder, name)
+    return await disk.size(str(folder / name))
+
+
+async def _read(file: str, offset: int, nbytes: int, disk: Disk) -> bytes:
+    buffer = bytearray(nbytes)
+    await disk.read_into([Extent(file, offset, nbytes)], [memoryview(buffer)], Priority.NOW)
+    return bytes(buffer)
+
+
+async def _read_index(folder: Path, disk: Disk) -> dict[str, str]:
+    """Tensor name → name of the shard that it is to be read from."""
+    file = str(folder / INDEX)
+    nbytes = await _size(folder, INDEX, disk)
+    try:
+        if nbytes > INDEX_LIMIT:
+            raise ValueError(f"it has {nbytes} bytes, more than the {INDEX_LIMIT} that are read of an index")
+        picks = (await anyio.to_thread.run_sync(_parse, await _read(file, 0, nbytes, disk))).get("weight_map")
+        if not isinstance(picks, dict) or not picks:
+            raise ValueError("it has no weight_map")
+        if odd := [shard for shard in picks.values() if not isinstance(shard, str) or not SHARD_NAME.fullmatch(shard)]:
+            raise ValueError(f"its weight_map names {short(odd[0])}, which is not the plain name of a .safetensors file")
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}; {AGAIN}") from error
+    return picks
+
+
+async def _read_shard(folder: Path, name: str, disk: Disk) -> dict[str, TensorEntry]:
+    file = str(folder / name)
+    try:
+        size = await _size(folder, name, disk)
+    except DiskError as error:
+        raise CheckpointError(f"{folder}: its weight file {name} cannot be opened ({error}); download it again") from error
+    start = await _read(file, 0, min(8, size), disk)
+    if start == b"version ":
+        raise CheckpointError(f"{file} is only a pointer to the weights, left by a clone without Git LFS; run `git lfs pull` in its folder")
+    nbytes = int.from_bytes(start, "little")
+    if size < 8 or nbytes > min(HEADER_LIMIT, size - 8):
+        limit = f"at most {HEADER_LIMIT} bytes of header are read, and the file has {size} bytes"
+        raise CheckpointError(f"{file}: its header claims {nbytes} bytes, but {limit}: it is truncated, or no safetensors file; {AGAIN}")
+    header = await _read(file, 8, nbytes, disk)
+    return await anyio.to_thread.run_sync(parse_header, header, 8 + nbytes, size, file)
+
+
+def _merge(folder: Path, shards: Mapping[str, Mapping[str, TensorEntry]], picks: Mapping[str, str]) -> dict[str, TensorEntry]:
+    """One mapping of all shards' tensors. Tensors that the index does not name are kept, as transformers does."""
+    tensors: dict[str, TensorEntry] = {}
+    for shard, entries in shards.items():
+        for name, entry in entries.items():
+            if name in tensors and name not in picks:
+                raise CheckpointError(f"{folder}: tensor {name} is in {tensors[name].extent.file} and in {shard}; {AGAIN}")
+            if picks.get(name, shard) == shard:
+                tensors[name] = entry
+    for name in picks.keys() - tensors.keys():
+        raise CheckpointError(f"{folder / picks[name]} lacks tensor {short(name)}, which {INDEX} says it holds; download both again")
+    return tensors

@@ -1,0 +1,39 @@
+"""The embedding table: rows by token id, from memory where the table is kept there, else row by row from the drive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .checkpoint import TensorEntry
+from .disk.base import Disk, Extent, Priority
+from .families.base import Family
+from .weights import Weights
+
+
+class Embedding:
+    """Rows of `entry` [vocabulary, hidden]; a tied head that is pinned serves them without reading."""
+
+    def __init__(self, entry: TensorEntry, family: Family, weights: Weights, disk: Disk) -> None:
+        self._entry, self._family, self._disk = entry, family, disk
+        self._row_nbytes = entry.extent.nbytes // entry.shape[0]
+        heads = [index for index, piece in enumerate(weights.pieces) if piece.step is None]
+        kept = [weights.pinned(index) for index in heads]
+        self._blocks = [block["head"] for block in kept if block is not None] if family.head == family.embedding else []
+        if len(self._blocks) != len(heads):
+            self._blocks = []
+
+    async def rows(self, ids: Sequence[int]) -> Tensor:
+        """[T, hidden] for T token ids."""
+        if self._blocks:
+            size = self._blocks[0].shape[0]
+            return torch.stack([self._blocks[number // size][number % size] for number in ids])
+        order = {number: row for row, number in enumerate(dict.fromkeys(ids))}
+        out = torch.empty(len(order), self._family.hidden, dtype=self._family.dtype)
+        memory = memoryview(out.view(torch.uint8).numpy()).cast("B")
+        extents = [Extent(self._entry.extent.file, self._entry.extent.offset + number * self._row_nbytes, self._row_nbytes) for number in order]
+        buffers = [memory[at : at + self._row_nbytes] for at in range(0, memory.nbytes, self._row_nbytes)]
+        await self._disk.read_into(extents, buffers, Priority.NOW)
+        return out[[order[number] for number in ids]] if len(order) < len(ids) else out

@@ -1,0 +1,202 @@
+"""The carousel: admit, sweep, sample, emit, for ever.
+
+The weights go round; a request joins at the next pass and leaves at the next layer. One pass serves all that ride,
+whether they prefill or decode. It refuses to know text, settings and where weights are.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import anyio
+from torch import Tensor
+
+from .batch import Batch, Segment
+from .compute import Compute
+from .embedding import Embedding
+from .errors import AollmError, ModelError, RequestError
+from .request import Answer, Request
+from .sampling import Draw
+from .stores.base import Store
+from .stores.pool import BlockPool
+from .sweep import Leave, Load, Model, Wait, sweep
+from .trace import Event
+
+RIDING_ROWS = 4096
+"""Prompt rows that a pass takes on while others decode, so that one long prompt does not hold them up for minutes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    value: Any
+
+
+class Engine:
+    """Serves requests with one model until it is cancelled."""
+
+    def __init__(self, model: Model, embedding: Embedding, compute: Compute, pool: BlockPool, new_store: Callable[[], Store], max_rows: int, max_requests: int) -> None:
+        self._model, self._embedding, self._compute = model, embedding, compute
+        self._pool, self._new_store = pool, new_store
+        self._max_rows, self._max_requests = max_rows, max_requests
+        self._inbox: deque[Request] = deque()
+        self._riders: list[Request] = []
+        self._work = anyio.Event()
+        self.passes = 0
+
+    def submit(self, request: Request) -> None:
+        """Have `request` join as soon as it fits; those that came before it go first."""
+        if request.tokens_at_most > self._pool.tokens:
+            raise RequestError(
+                f"this request can come to {request.tokens_at_most} tokens of KV, the runtime has room for {self._pool.tokens}; "
+                "shorten the prompt, lower max_new_tokens or n, or open the runtime with more memory or a larger max_context_tokens"
+            )
+        self._inbox.append(request)
+        self.wake()
+
+    def wake(self) -> None:
+        """Something changed that may give the next pass work."""
+        self._work.set()
+
+    async def run(self) -> None:
+        """Go round until cancelled."""
+        try:
+            async with self._model.weights:
+                while True:
+                    batch = await self._admit()
+                    try:
+                        batch, logits = await self._sweep(batch)
+                        draws = await self._compute.run(_sample, batch, logits)
+                    except AollmError as error:
+                        await self._fail(batch, error)
+                    else:
+                        await self._emit(batch, draws)
+        finally:
+            for request in [*self._riders, *self._inbox]:
+                request.close(RequestError("the runtime was closed before this request was answered"))
+
+    async def _admit(self) -> Batch:
+        """The next pass's rows: who decodes first, then prompts in the order in which they came, as many rows as fit."""
+        while True:
+            self._work = anyio.Event()
+            for request in [rider for rider in self._riders if rider.cancelled]:
+                await self._retire(request)
+            while self._inbox and self._joins(self._inbox[0]):
+                self._inbox.popleft()
+            ready = [answer for rider in self._riders if rider.has_room for answer in rider.live if answer.store is not None]
+            if ready:
+                return self._pack(ready)
+            await self._work.wait()
+
+    async def _sweep(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """One pass; returns who stayed, and the logits of those whose input ended."""
+        start = perf_counter()
+        x = await self._embedding.rows(batch.ids)
+        self._model.trace.add(Event("stall", start, perf_counter(), label="embedding"))
+        work = sweep(self._model, batch, x)
+        reply: Any = None
+        while True:
+            step = await self._compute.run(_advance, work, reply)
+            if isinstance(step, _Done):
+                stayed, logits = step.value
+                if not len(stayed):  # the pass ended before the round did
+                    await self._model.weights.restart()
+                self.passes += 1
+                return stayed, logits
+            start = perf_counter()
+            reply = await self._answer(step)
+            self._model.trace.add(Event("stall", start, perf_counter(), label="load"))
+
+    async def _emit(self, batch: Batch, draws: list[list[Draw]]) -> None:
+        """Move the answers on by their rows, and hand out what was sampled."""
+        sampled = iter(draws)
+        for segment in batch.segments:
+            answer, request = segment.answer, segment.answer.request
+            answer.position += segment.rows
+            if not segment.ends_input:
+                answer.pending = answer.pending[segment.rows :]
+                continue
+            for choice, draw in zip(_drawing(answer), next(sampled), strict=True):
+                if choice.store is None:  # its siblings go on from the prompt that the first one prefilled
+                    choice.store, choice.position = segment.store.fork(), answer.position
+                request.accept(choice, draw)
+            if not request.live:
+                await self._retire(request)
+
+    async def _answer(self, wait: Wait) -> Any:
+        match wait:
+            case Load():
+                return await self._model.weights.next()
+            case Leave(batch, stay):
+                for request in batch.requests - stay.requests:
+                    await self._retire(request)
+                return None
+
+    def _joins(self, request: Request) -> bool:
+        """Whether the first in line has left it, one way or the other."""
+        if request.cancelled:
+            request.close()
+            return True
+        if len(self._riders) >= self._max_requests or not self._pool.reserve(request.tokens_at_most):
+            return False
+        request.reserved = request.tokens_at_most
+        request.answers[0].store = self._new_store()
+        self._riders.append(request)
+        return True
+
+    def _pack(self, ready: list[Answer]) -> Batch:
+        decoding = [answer for answer in ready if answer.produced][: self._max_rows]
+        room = self._max_rows - len(decoding)
+        parts = [(answer, 1) for answer in decoding]
+        for answer in (answer for answer in ready if not answer.produced):
+            rows = min(len(answer.pending), room, RIDING_ROWS if decoding else room)
+            if rows:
+                parts.append((answer, rows))
+                room -= rows
+        return Batch([(answer, answer.store, rows) for answer, rows in parts if answer.store is not None])
+
+    async def _retire(self, request: Request) -> None:
+        """Give back all that a request holds."""
+        if request in self._riders:
+            self._riders.remove(request)
+        for answer in request.answers:
+            if answer.store is not None:
+                await answer.store.aclose()
+                answer.store = None
+        self._pool.release(request.reserved)
+        request.reserved = 0
+        request.close()
+        self.wake()
+
+    async def _fail(self, batch: Batch, error: AollmError) -> None:
+        """The pass failed: all that rode on it fail with it; later ones may go on."""
+        for request in batch.requests:
+            request.close(error)
+            await self._retire(request)
+        await self._model.weights.restart()
+
+    def __repr__(self) -> str:
+        return f"<Engine {len(self._riders)} riding, {len(self._inbox)} waiting, {self.passes} passes>"
+
+
+def _advance(work: Generator[Wait, Any, tuple[Batch, Tensor]], reply: Any) -> Wait | _Done:
+    try:
+        return work.send(reply)
+    except StopIteration as done:
+        return _Done(done.value)
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise ModelError(f"a layer could not be computed: {error}") from error
+
+
+def _drawing(answer: Answer) -> list[Answer]:
+    """Who samples from an answer's logits: itself, and after the prompt all its siblings."""
+    return [answer] if answer.produced else answer.request.answers
+
+
+def _sample(batch: Batch, logits: Tensor) -> list[list[Draw]]:
+    """A draw for each answer of each segment whose input ended. Runs in the compute thread."""
+    ends: list[Segment] = [segment for segment in batch.segments if segment.ends_input]
+    return [[choice.sampler.draw(row, choice.history) for choice in _drawing(segment.answer)] for segment, row in zip(ends, logits, strict=True)]

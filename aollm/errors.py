@@ -1,0 +1,50 @@
+"""What can go wrong, as one tree. Each message says what happened and what to do.
+
+    AollmError
+    ├── ConfigError          a setting is unknown, malformed or contradicts another
+    ├── ModelError           the model folder cannot be used
+    │   └── CheckpointError  its weights are missing, truncated or lie about themselves
+    ├── MemoryBudgetError    what was asked for does not fit the memory that was given
+    ├── DiskError            a read or write failed, or a file changed while in use
+    ├── StoreError           a KV store cannot be opened or continued
+    └── RequestError         one request is malformed; others are not affected
+        └── CancelledRequest its reader cancelled it, or the runtime is closing
+"""
+
+from __future__ import annotations
+
+
+class AollmError(Exception):
+    """Root of every error that reaches a caller for bad input, a bad file or a failing disk."""
+
+
+class ConfigError(AollmError):
+    """A setting is unknown, malformed or contradicts another; the message names the field and what is accepted."""
+
+
+class ModelError(AollmError):
+    """The model folder cannot be used: missing, incomplete, or of a kind that is not known."""
+
+
+class CheckpointError(ModelError):
+    """The weights are missing, truncated, or their header lies."""
+
+
+class MemoryBudgetError(AollmError):
+    """The plan does not fit; the message names the largest parts, the floor and the setting to change."""
+
+
+class DiskError(AollmError):
+    """A read or write failed, came back short, or met a file that changed while in use."""
+
+
+class StoreError(AollmError):
+    """A KV store cannot be opened, extended or trusted."""
+
+
+class RequestError(AollmError):
+    """One request is malformed or cannot be served; the others go on."""
+
+
+class CancelledRequest(RequestError):
+    """The request was cancelled by its reader or by the runtime's end."""

@@ -1,0 +1,145 @@
+"""The llama family: pre-norm attention with rotary positions and grouped heads, and a gated MLP.
+
+Llama (Touvron et al., 2023; Grattafiori et al., 2024). Mistral, Qwen2 and Qwen3 dense differ by a row in `VARIANTS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError
+from ..maths.layers import ACTIVATIONS, gated_mlp, linear, rms_norm
+from ..maths.rope import Rope, rotate
+from .base import Angles, Attend, KvShape, Need, Params, Step, Work, count, positive
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """How a relative of Llama differs from it."""
+
+    qkv_bias: bool | None = None
+    """None: as `attention_bias` of the config says, for the output projection too."""
+    head_norms: bool = False
+    window: Callable[[Mapping[str, Any], int], int | None] = lambda config, layer: None
+    theta: float = 10_000.0
+
+
+def _mistral_window(config: Mapping[str, Any], layer: int) -> int | None:
+    return config.get("sliding_window")
+
+
+def _qwen_window(config: Mapping[str, Any], layer: int) -> int | None:
+    if not config.get("use_sliding_window"):
+        return None
+    kinds = config.get("layer_types")
+    slides = kinds[layer] == "sliding_attention" if kinds else layer >= config.get("max_window_layers", 28)
+    return config.get("sliding_window", 4096) if slides else None
+
+
+VARIANTS: dict[str, Variant] = {
+    "llama": Variant(),
+    "mistral": Variant(qkv_bias=False, window=_mistral_window),
+    "qwen2": Variant(qkv_bias=True, window=_qwen_window),
+    "qwen3": Variant(head_norms=True, window=_qwen_window),
+}
+
+
+class Llama:
+    """Sizes and steps of one model; `config` is its `config.json`, `dtype` that of its weights."""
+
+    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+        variant = VARIANTS[config["model_type"]]
+        self.hidden = count(config, "hidden_size")
+        self.vocabulary = count(config, "vocab_size")
+        self.context = count(config, "max_position_embeddings", 2048, most=1 << 30)
+        self.intermediate = count(config, "intermediate_size")
+        layers = count(config, "num_hidden_layers", most=4096)
+        self.heads = count(config, "num_attention_heads", most=65_536)
+        self.kv_heads = count(config, "num_key_value_heads", self.heads, most=65_536)
+        self.head_dim = count(config, "head_dim", max(self.hidden // self.heads, 1), most=65_536)
+        if self.heads % self.kv_heads:
+            raise ModelError(f"config.json: num_attention_heads ({self.heads}) must be a multiple of num_key_value_heads ({self.kv_heads})")
+        self.eps = positive(config, "rms_norm_eps", 1e-6)
+        if (act := config.get("hidden_act", "silu")) not in ACTIVATIONS:
+            raise ModelError(f"config.json: hidden_act {act!r} is not known; known are {', '.join(ACTIVATIONS)}")
+        self.act = ACTIVATIONS[act]
+        self.rope = Rope.from_config(config, self.head_dim, variant.theta)
+        self.dtype = dtype
+        self.embedding, self.norm = "model.embed_tokens.weight", "model.norm.weight"
+        self.head = self.embedding if config.get("tie_word_embeddings", False) else "lm_head.weight"
+        self.kv = KvShape(layers, self.kv_heads, self.head_dim, dtype)
+        bias = bool(config.get("attention_bias", False))
+        self.steps = tuple(
+            step
+            for layer in range(layers)
+            for step in (
+                self._attention_step(layer, bias if variant.qkv_bias is None else variant.qkv_bias, bias, variant, variant.window(config, layer)),
+                self._mlp_step(layer, bool(config.get("mlp_bias", False))),
+            )
+        )
+
+    def angles(self, positions: Tensor, length: int) -> Angles:
+        """Cosines and sines [T, 1, D/2]."""
+        return self.rope.angles(positions, length, self.dtype)
+
+    def finish(self, x: Tensor, norm: Tensor) -> Tensor:
+        """The last norm."""
+        return rms_norm(x, norm, self.eps)
+
+    def activation_nbytes(self, rows: int) -> int:
+        """The larger of the two steps: norms in float32, q|k|v and its rotation, or gate|up and its product."""
+        item = self.dtype.itemsize
+        norm = self.hidden * (8 + 3 * item)
+        attention = (3 * self.heads + 4 * self.kv_heads) * self.head_dim * item + 2 * self.heads * self.head_dim * 4
+        return rows * (norm + max(attention, 4 * self.intermediate * item))
+
+    def attention(self, w: Params, x: Tensor, angles: Angles, layer: int, window: int | None) -> Work:
+        """x + attention(norm(x))."""
+        rows = x.shape[0]
+        qkv = linear(rms_norm(x, w["norm"], self.eps), w["qkv"], w.get("qkv_bias"))  # [T, (H + 2 K) D]
+        q, k, v = qkv.view(rows, -1, self.head_dim).split((self.heads, self.kv_heads, self.kv_heads), dim=1)  # [T, H or K, D]
+        if "q_norm" in w:
+            q, k = rms_norm(q, w["q_norm"], self.eps), rms_norm(k, w["k_norm"], self.eps)
+        q, k = rotate(q, *angles), rotate(k, *angles)
+        o = yield Attend(layer, q, k, v, self.head_dim**-0.5, window)  # [T, H, D]
+        return x + linear(o.reshape(rows, -1), w["o"], w.get("o_bias"))
+
+    def mlp(self, w: Params, x: Tensor, angles: Angles) -> Work:
+        """x + mlp(norm(x))."""
+        yield from ()
+        h = rms_norm(x, w["norm"], self.eps)
+        return x + gated_mlp(h, w["gate_up"], w["down"], self.act, (w.get("gate_up_bias"), w.get("down_bias")))
+
+    def _attention_step(self, layer: int, qkv_bias: bool, o_bias: bool, variant: Variant, window: int | None) -> Step:
+        at = f"model.layers.{layer}"
+        wide, stacked = self.heads * self.head_dim, (self.heads + 2 * self.kv_heads) * self.head_dim
+        params = {
+            "norm": Need((self.hidden,), (f"{at}.input_layernorm.weight",)),
+            "qkv": Need((stacked, self.hidden), tuple(f"{at}.self_attn.{name}_proj.weight" for name in "qkv")),
+            "o": Need((self.hidden, wide), (f"{at}.self_attn.o_proj.weight",)),
+        }
+        if variant.head_norms:
+            params |= {f"{name}_norm": Need((self.head_dim,), (f"{at}.self_attn.{name}_norm.weight",)) for name in "qk"}
+        if qkv_bias:
+            params["qkv_bias"] = Need((stacked,), tuple(f"{at}.self_attn.{name}_proj.bias" for name in "qkv"))
+        if o_bias:
+            params["o_bias"] = Need((self.hidden,), (f"{at}.self_attn.o_proj.bias",))
+        return Step(layer, "attention", params, partial(self.attention, layer=layer, window=window))
+
+    def _mlp_step(self, layer: int, bias: bool) -> Step:
+        at, wide = f"model.layers.{layer}", self.intermediate
+        params = {
+            "norm": Need((self.hidden,), (f"{at}.post_attention_layernorm.weight",)),
+            "gate_up": Need((2 * wide, self.hidden), (f"{at}.mlp.gate_proj.weight", f"{at}.mlp.up_proj.weight")),
+            "down": Need((self.hidden, wide), (f"{at}.mlp.down_proj.weight",)),
+        }
+        if bias:
+            params["gate_up_bias"] = Need((2 * wide,), (f"{at}.mlp.gate_proj.bias", f"{at}.mlp.up_proj.bias"))
+            params["down_bias"] = Need((self.hidden,), (f"{at}.mlp.down_proj.bias",))
+        return Step(layer, "mlp", params, self.mlp)

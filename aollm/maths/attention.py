@@ -1,0 +1,131 @@
+"""Attention folded over blocks of keys and values, in any order, with an online softmax.
+
+Each fold is a flash kernel that returns its log-sum-exp; folds are merged exactly (Milakov and Gimelshein, 2018; Dao et
+al., 2022). Nothing here holds a full score matrix or a full history. Blocks are cut at fixed positions, so that a result
+does not depend on where they were stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 1024
+"""Positions at which a history is cut are multiples of this many tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Keys and values [S, K, D] of positions from `start` on."""
+
+    start: int
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def end(self) -> int:
+        """The position just past the last key."""
+        return self.start + self.keys.shape[0]
+
+
+class Fold:
+    """The running result of queries [T, H, D] at positions from `start` on, over the blocks folded so far."""
+
+    def __init__(self, queries: Tensor, start: int, scale: float, window: int | None = None) -> None:
+        self._queries = queries
+        self._start, self._end = start, start + queries.shape[0]
+        self._scale, self._window = scale, window
+        self._out: Tensor | None = None  # [T, H, D] in the queries' type after one fold, float32 after more
+        self._weight: Tensor | None = None  # log-sum-exp [T, H, 1]
+
+    def wants(self, start: int, end: int) -> bool:
+        """Whether any query sees any position of [start, end): blocks that none sees need not be read."""
+        return start < self._end and (self._window is None or end > self._start - self._window + 1)
+
+    def add(self, block: Block) -> None:
+        """Fold one block in."""
+        for part, causal, mask in self._parts(block):
+            out, weight = _flash(self._queries, part, causal, mask, self._scale)
+            if self._out is None or self._weight is None:
+                self._out, self._weight = out, weight
+                continue
+            total = torch.logaddexp(self._weight, weight)
+            self._out = self._out * (self._weight - total).exp() + out * (weight - total).exp()  # float32: the weights are
+            self._weight = total
+
+    def result(self) -> Tensor:
+        """[T, H, D] in the queries' dtype."""
+        assert self._out is not None
+        return self._out.to(self._queries.dtype)
+
+    def _parts(self, block: Block) -> Iterator[tuple[Block, bool, Tensor | None]]:
+        """Cut a block so that each part is seen whole, causally, or through a mask."""
+        low = block.start if self._window is None else max(block.start, self._start - self._window + 1)
+        high = min(block.end, self._end)
+        if self._end - self._start == 1:
+            yield _cut(block, low, high), False, None
+            return
+        for start, end in ((low, min(high, self._start)), (max(low, self._start), high)):
+            if start >= end:
+                continue
+            own = start >= self._start
+            if self._window is not None and start <= self._end - 1 - self._window:
+                yield _cut(block, start, end), False, self._mask(start, end)
+            elif own and start > self._start:
+                yield _cut(block, start, end), False, self._mask(start, end)
+            else:
+                yield _cut(block, start, end), own, None
+
+    def _mask(self, start: int, end: int) -> Tensor:
+        queries = torch.arange(self._start, self._end)[:, None]
+        keys = torch.arange(start, end)[None]
+        seen = keys <= queries
+        if self._window is not None:
+            seen &= keys > queries - self._window
+        return torch.zeros(seen.shape, dtype=self._queries.dtype).masked_fill_(~seen, -torch.inf)
+
+
+def attend(queries: Tensor, blocks: Sequence[Block], start: int, scale: float, window: int | None = None) -> Tensor:
+    """Causal attention of queries [T, H, D] at positions `start`… over blocks in memory; returns [T, H, D].
+
+    Queries are taken in tiles that end where blocks do. `window`: a query sees only the last `window` positions, its own included.
+    """
+    if queries.shape[0] == 1:
+        return _tile(queries, blocks, start, scale, window)
+    out = torch.empty_like(queries)
+    row = 0
+    while row < queries.shape[0]:
+        at = start + row
+        rows = min(BLOCK - at % BLOCK, queries.shape[0] - row)
+        out[row : row + rows] = _tile(queries[row : row + rows], blocks, at, scale, window)
+        row += rows
+    return out
+
+
+def _tile(queries: Tensor, blocks: Sequence[Block], start: int, scale: float, window: int | None) -> Tensor:
+    fold = Fold(queries, start, scale, window)
+    for block in blocks:
+        if fold.wants(block.start, block.end):
+            fold.add(block)
+    return fold.result()
+
+
+def _cut(block: Block, start: int, end: int) -> Block:
+    if (start, end) == (block.start, block.end):
+        return block
+    return Block(start, block.keys[start - block.start : end - block.start], block.values[start - block.start : end - block.start])
+
+
+def _flash(queries: Tensor, block: Block, causal: bool, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Output [T, H, D] and log-sum-exp [T, H, 1] (float32, -inf where a query sees nothing)."""
+    out, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        queries.transpose(0, 1)[None], block.keys.transpose(0, 1)[None], block.values.transpose(0, 1)[None],
+        0.0, causal, attn_mask=mask, scale=scale,
+    )  # fmt: skip
+    weight = weight[0].transpose(0, 1)[..., None]
+    if mask is not None:
+        weight = weight.masked_fill((mask == -torch.inf).all(-1)[:, None, None], -torch.inf)
+    return out[0].transpose(0, 1), weight

@@ -1,0 +1,42 @@
+"""The few products and norms that dense layers are made of, on rows [T, hidden] of any number of requests.
+
+They round where transformers rounds, so that results agree to the last bit where the sums run in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, in] times weight [out, in] plus bias [out]. One row goes through `mv`, which reads weights faster than a matrix product."""
+    if x.shape[0] != 1:
+        return functional.linear(x, weight, bias)
+    y = torch.mv(weight, x[0])
+    return (y if bias is None else y + bias)[None]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm of x [..., hidden] (Zhang and Sennrich, 2019), in float32, scaled in x's dtype as Llama does."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor, act: Callable[[Tensor], Tensor], biases: tuple[Tensor | None, Tensor | None] = (None, None)) -> Tensor:
+    """act(x gateᵀ) · (x upᵀ) downᵀ, with gate and up stacked as gate_up [2 F, hidden]: one product reads both."""
+    gate, up = linear(x, gate_up, biases[0]).chunk(2, dim=-1)
+    return linear(act(gate).mul_(up), down, biases[1])
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "swish": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": lambda x: functional.relu(x),
+}

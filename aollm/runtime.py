@@ -1,0 +1,260 @@
+"""The handle: opens a model, owns the one task group, and turns prompts into streams of tokens."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Any, Self
+
+import anyio
+import anyio.to_thread
+import psutil
+import torch
+from anyio.abc import TaskGroup
+
+from .buffers import Arena, Lease, size
+from .checkpoint import Checkpoint, open_checkpoint, read_json
+from .compute import Compute
+from .demo import MODEL as DEMO
+from .disk.auto import open_disk
+from .disk.base import Disk
+from .embedding import Embedding
+from .engine import Engine
+from .errors import ModelError, RequestError
+from .families import FAMILIES
+from .families.base import Family
+from .plan import RuntimePlan, make_plan
+from .port import Port
+from .probe import drive_speed
+from .request import Request, Token
+from .sampling import Sampler
+from .settings import MAX_ANSWERS, GenerationConfig, RuntimeConfig
+from .stores.pool import BlockPool
+from .stores.resident import ResidentStore
+from .stream import Choice, Completion, TokenStream, Usage
+from .sweep import Model
+from .text import Text
+from .trace import Trace, profile
+from .weights import Piece, Weights, check_shape, dtype_of, first_of, pieces_of
+
+ALIASES: dict[str, Path] = {"demo": DEMO}
+PROBE_NBYTES = 256 << 20
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+
+
+class Runtime:
+    """One model, ready to answer many requests at once.
+
+        async with Runtime.open("demo", memory="3GiB") as runtime:
+            async for token in runtime.stream("Once upon a time"):
+                print(token.text, end="", flush=True)
+    """
+
+    def __init__(self, config: RuntimeConfig, disk: Disk | None = None) -> None:
+        """Use `Runtime.open`. `disk` takes the place of the one that `disk_backend` names."""
+        self.config = config
+        self.trace = Trace()
+        self.drive_bytes_per_second: float | None = None
+        self.plan: RuntimePlan
+        self.text: Text
+        self._given_disk = disk
+        self._group: TaskGroup = anyio.create_task_group()
+        self._numbers = itertools.count()
+        self._cleanup: list[Any] = []
+
+    @classmethod
+    def open(cls, model: RuntimeConfig | str | Path, *, disk: Disk | None = None, **fields: Any) -> Runtime:
+        """A runtime for `model` (a folder, an alias such as `demo`, or a whole configuration); enter it with `async with`.
+
+        A `disk` that is given takes the place of `disk_backend`, and stays open. `fields` are those of `RuntimeConfig`. Raises `ConfigError` here; on entering `ModelError`, `MemoryBudgetError`
+        or `DiskError`, and then leaves nothing behind.
+        """
+        return cls(RuntimeConfig.of(model, fields), disk)
+
+    async def __aenter__(self) -> Self:
+        await self._group.__aenter__()
+        try:
+            await self._open()
+        except BaseException as error:
+            await self.__aexit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        """Cancel what is under way, wait for it, and give everything back."""
+        self._group.cancel_scope.cancel()
+        own = error if not isinstance(error, Exception) else None  # an error of the caller's passes as it is, not in a group
+        try:
+            swallowed = await self._group.__aexit__(type(own) if own else None, own, trace if own else None)
+        except BaseExceptionGroup as raised:
+            raise first_of(raised) from raised
+        finally:
+            with anyio.CancelScope(shield=True):
+                for clean in reversed(self._cleanup):
+                    await clean()
+                self._cleanup.clear()
+        return bool(swallowed) and own is not None
+
+    def stream(self, prompt: Prompt, generation: GenerationConfig | None = None, **fields: Any) -> TokenStream:
+        """An answer token by token. `prompt` is text, token ids, or chat messages; `fields` are those of `GenerationConfig`.
+
+        Raises `RequestError` here for a malformed setting, and from the stream for a prompt that cannot be taken.
+        """
+        settings = GenerationConfig.of(generation, fields)
+        sampling = settings.sampling
+
+        async def submit() -> Request:
+            ids = await self._encode(prompt)
+            limit = min(settings.max_new_tokens, self.plan.max_context_tokens - len(ids))
+            if limit < 1:
+                raise RequestError(
+                    f"the prompt has {len(ids)} tokens and the context {self.plan.max_context_tokens}: shorten it, "
+                    "or open the runtime with a larger max_context_tokens"
+                )
+            samplers = [Sampler(sampling, self._family.vocabulary, choice) for choice in range(settings.n)]
+            decoders = [self.text.decoder(settings.stop) for _ in range(settings.n)]
+            request = Request(next(self._numbers), ids, limit, self.text.stop_ids, samplers, decoders, self.engine.wake)
+            self.engine.submit(request)
+            return request
+
+        return TokenStream(submit)
+
+    async def generate(self, prompt: Prompt, generation: GenerationConfig | None = None, **fields: Any) -> Completion:
+        """The whole answer to `prompt`, and how it was made."""
+        start = perf_counter()
+        tokens: list[Token] = []
+        async with self.stream(prompt, generation, **fields) as stream:
+            async for token in stream:
+                tokens.append(token)
+            assert stream.request is not None
+            prompt_tokens, count = len(stream.request.prompt), len(stream.request.answers)
+        choices = tuple(_choice([token for token in tokens if token.choice == number]) for number in range(count))
+        return Completion(
+            choices[0].text, choices[0].token_ids, choices[0].finish_reason, Usage(prompt_tokens, len(tokens)), choices,
+            self.profile(start), self.cache_state(), self.plan,
+        )  # fmt: skip
+
+    def profile(self, start: float, end: float | None = None) -> dict[str, Any]:
+        """The `native_runtime_profile` of an interval of `time.perf_counter()` seconds, up to now unless `end` is given."""
+        until = perf_counter() if end is None else end
+        return profile(self.trace.between(start, until), until - start, self.drive_bytes_per_second)
+
+    def cache_state(self) -> dict[str, Any]:
+        """Where KV is kept, and how much of it there is at this moment."""
+        return {
+            "strategy_id": "resident", "persistence_format": "resident-only", "residency_mode": "fully-resident",
+            "window_policy": "full-history", "cold_tier_encoding": "full-precision", "cache_lifecycle": "runtime-scoped",
+            "reserved_tokens": self._pool.reserved, "capacity_tokens": self._pool.tokens,
+        }  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"<Runtime {self.plan.family} on {self.plan.disk_backend}, {size(self.plan.streamed_nbytes_per_pass)} read a pass>"
+
+    async def _open(self) -> None:
+        folder = locate(self.config.model_reference)
+        config = await read_json(folder / "config.json")
+        self.text = await anyio.to_thread.run_sync(Text.load, folder)
+        port = Port()
+        self._cleanup.append(_later(port.close))
+        self._group.start_soon(port.pump)
+        disk, reason = self._given_disk, "as given"
+        if disk is None:
+            disk, reason = open_disk(self.config.disk_backend, port, folder)
+            self._cleanup.append(disk.aclose)
+        compute = Compute(port, os.cpu_count() or 1)
+        self._cleanup.append(_later(compute.close))
+        checkpoint = await open_checkpoint(folder, disk)
+        self._family = family = build_family(config, checkpoint)
+        pieces = pieces_of(family, checkpoint)
+        process = psutil.Process()
+        in_use = process.memory_info().rss
+        memory = self.config.memory or in_use + int(psutil.virtual_memory().available * 0.9)
+        self.plan = make_plan(self.config, str(config["model_type"]), family, pieces, memory, in_use, (disk.name, reason))
+        weights = Weights(pieces, self.plan.pinned, self.plan.ring_nbytes, family.dtype, disk, self.trace)
+        sequences = min(self.config.max_concurrent_requests * MAX_ANSWERS, self.plan.kv_tokens)
+        self._pool = BlockPool(
+            self.plan.kv_tokens, sequences, self.plan.max_context_tokens, family.kv.layers, family.kv.heads, family.kv.head_dim, family.dtype
+        )
+        if weights.streamed:
+            self.drive_bytes_per_second = await self._probe(pieces, weights, disk)
+        await weights.pin()
+        norm = await _read_norm(family, checkpoint, disk)
+        embedding = Embedding(checkpoint[family.embedding], family, weights, disk)
+
+        def release(lease: Lease) -> None:
+            port.post(lease.release)
+
+        model = Model(family, weights, norm, self.plan.chunk_rows, self.trace, release)
+        self.engine = Engine(
+            model, embedding, compute, self._pool, lambda: ResidentStore(self._pool), self.plan.max_rows, self.config.max_concurrent_requests
+        )
+        self._group.start_soon(self.engine.run)
+
+    async def _probe(self, pieces: Sequence[Piece], weights: Weights, disk: Disk) -> float:
+        extents = [extent for index in weights.streamed for extent, _ in pieces[index].reads]
+        return await drive_speed(disk, extents, weights.ring, PROBE_NBYTES)
+
+    async def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            ids = await anyio.to_thread.run_sync(self.text.encode, prompt)
+        elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+            raise RequestError(f"a prompt is text, a list of token ids or a list of messages, not {type(prompt).__name__}")
+        elif all(isinstance(item, int) and not isinstance(item, bool) for item in prompt):
+            ids = [item for item in prompt if isinstance(item, int)]
+        else:
+            ids = await anyio.to_thread.run_sync(self.text.chat, prompt)
+        if not ids:
+            raise RequestError("the prompt is empty: give at least one token")
+        wrong = next((item for item in ids if not 0 <= item < self._family.vocabulary), None)
+        if wrong is not None:
+            raise RequestError(f"token id {wrong} is out of range: this model has ids from 0 to {self._family.vocabulary - 1}")
+        return ids
+
+
+def locate(reference: str) -> Path:
+    """The folder of a model's reference; `ModelError` when there is none."""
+    folder = ALIASES.get(reference) or Path(reference).expanduser()
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise ModelError(f"{reference} {what}; give the folder of a model (config.json and *.safetensors), or one of: {', '.join(ALIASES)}")
+    return folder
+
+
+def build_family(config: Mapping[str, Any], checkpoint: Checkpoint) -> Family:
+    """The family that `config.json` names, with the dtype of the stored weights."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ModelError(f"config.json: model_type {kind!r} is not known; known are {', '.join(FAMILIES)}")
+    entry = next((checkpoint[name] for name in checkpoint.tensors if name.endswith("embed_tokens.weight")), None)
+    if entry is None:
+        raise ModelError("the checkpoint has no embedding table (…embed_tokens.weight); it is not a whole model")
+    family = FAMILIES[kind](config, dtype_of(entry))
+    check_shape(checkpoint[family.embedding], (family.vocabulary, family.hidden))
+    return family
+
+
+async def _read_norm(family: Family, checkpoint: Checkpoint, disk: Disk) -> torch.Tensor:
+    entry = checkpoint[family.norm]
+    check_shape(entry, (family.hidden,))
+    arena = Arena(entry.extent.nbytes, huge=False)
+    await disk.read_into([entry.extent], [arena.bytes[: entry.extent.nbytes]])
+    return arena.tensor(0, dtype_of(entry), entry.shape).to(family.dtype)
+
+
+def _choice(tokens: Sequence[Token]) -> Choice:
+    reason = tokens[-1].finish_reason if tokens else None
+    return Choice("".join(token.text for token in tokens), tuple(token.id for token in tokens), reason or "cancelled")
+
+
+def _later(close: Any) -> Any:
+    async def clean() -> None:
+        close()
+
+    return clean
+
+

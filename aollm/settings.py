@@ -1,0 +1,105 @@
+"""Settings: what a caller may say about a runtime and about one generation, checked once, here, by types.
+
+Errors name the field and what is accepted. Inside, nothing is checked again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from .errors import ConfigError, RequestError
+from .sampling import Sampling
+
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+
+
+def nbytes(value: object) -> int:
+    """Bytes from a whole number or a text such as `"3GiB"` or `"800 MB"`; `ValueError` says what is accepted."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(value).lower())
+    if found is None or found[2] not in UNITS or not float(found[1]):
+        raise ValueError(f"a size such as '3GiB', '800MB' or a positive number of bytes, not {value!r}")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+MAX_ANSWERS = 16
+"""Answers to one request."""
+
+Size = Annotated[int, BeforeValidator(nbytes)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @classmethod
+    def given(cls, error: type[ConfigError] | type[RequestError], values: dict[str, Any]) -> Self:
+        """Check `values`; raises `error` that names the field and what is accepted."""
+        try:
+            return cls(**values)
+        except ValidationError as invalid:
+            raise error("; ".join(_told(cls, problem["loc"], problem["type"], problem["msg"]) for problem in invalid.errors())) from None
+
+
+class RuntimeConfig(_Settings):
+    """How a model is run. `memory` bounds the whole process in bytes (or `"3GiB"`); None is what is free on the machine.
+
+    `offload_cpu_layers` keeps just so many layers in memory, chosen by `offload_cpu_policy`; None keeps as much as fits.
+    """
+
+    model_reference: str
+    memory: Size | None = None
+    max_context_tokens: int | None = Field(None, ge=1)
+    max_concurrent_requests: int = Field(16, ge=1, le=4096)
+    disk_backend: Literal["auto", "threads", "uring", "gds", "portable"] = "auto"
+    prefetch_depth: int = Field(2, ge=1, le=64)
+    dense_projection_chunk_rows: int | None = Field(None, ge=1, le=16384)
+    offload_cpu_layers: int | None = Field(None, ge=0)
+    offload_cpu_policy: Literal["auto", "prefix", "suffix", "middle-band"] = "auto"
+
+    @classmethod
+    def of(cls, model: RuntimeConfig | str | Path, values: dict[str, Any]) -> RuntimeConfig:
+        """A configuration from a model's reference, or from another configuration, changed by `values`."""
+        base = dict(model) if isinstance(model, RuntimeConfig) else {"model_reference": str(model)}
+        return cls.given(ConfigError, {**base, **values})
+
+
+class GenerationConfig(_Settings):
+    """How one answer is generated. Greedy unless `temperature` is positive; see `Sampling` for the filters."""
+
+    max_new_tokens: int = Field(256, ge=1)
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    logprobs: int = 0
+    n: int = Field(1, ge=1, le=MAX_ANSWERS)
+    stop: tuple[Annotated[str, Field(min_length=1, max_length=1024)], ...] = Field((), max_length=16)
+
+    @classmethod
+    def of(cls, base: GenerationConfig | None, values: dict[str, Any]) -> GenerationConfig:
+        """`base` changed by `values`; `stop` may be one string."""
+        merged = {**(dict(base) if base is not None else {}), **values}
+        stop = merged.get("stop", ())
+        merged["stop"] = (stop,) if isinstance(stop, str) else () if stop is None else tuple(stop) if isinstance(stop, list) else stop
+        return cls.given(RequestError, merged)
+
+    @property
+    def sampling(self) -> Sampling:
+        """The part that the sampler reads; it checks its own ranges."""
+        return Sampling(self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty, self.seed, self.logprobs)
+
+
+def _told(cls: type[BaseModel], where: tuple[int | str, ...], kind: str, message: str) -> str:
+    name = str(where[0]) if where else cls.__name__
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(name, cls.model_fields, 1)
+        return f"{name} is not a setting" + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(cls.model_fields)}")
+    return f"{name}: {message.removeprefix('Value error, ').removeprefix('Input ')}"

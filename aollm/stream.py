@@ -1,0 +1,103 @@
+"""What a caller holds while an answer is made: an async iterator of tokens that cancels its request when it is left."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+from .request import Request, Token
+
+
+class TokenStream:
+    """`async for token in stream`; or `async with stream:` around it, to end it at a place of one's choosing.
+
+    Leaving the loop early, or cancelling the task that reads, cancels the request within one layer.
+    """
+
+    def __init__(self, submit: Callable[[], Awaitable[Request]]) -> None:
+        self._submit = submit
+        self._request: Request | None = None
+        self._ended = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Token:
+        """The next token; raises the request's error, `RequestError` for a prompt that cannot be taken."""
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            if self._request is None:
+                self._request = await self._submit()
+            token = await self._request.take()
+        except BaseException:
+            self.cancel()
+            raise
+        if token is None:
+            self._ended = True
+            raise StopAsyncIteration
+        return token
+
+    async def __aenter__(self) -> Self:
+        """Submit the request now, so that it joins the next pass."""
+        if self._request is None:
+            self._request = await self._submit()
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        self.cancel()
+
+    def cancel(self) -> None:
+        """End the request; what was handed out stays valid. Idempotent."""
+        self._ended = True
+        if self._request is not None:
+            self._request.cancel()
+
+    @property
+    def request(self) -> Request | None:
+        """The request once it was submitted."""
+        return self._request
+
+    @property
+    def progress(self) -> float:
+        """How much of the pass under way is done, from 0 to 1: while a long prompt is prefilled, how far it has come."""
+        return self._request.progress if self._request is not None else 0.0
+
+    def __del__(self) -> None:
+        if self._request is not None:
+            self._request.cancel()
+
+    def __repr__(self) -> str:
+        return f"<TokenStream {self._request or 'not begun'}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of `n` answers."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens in and out; `completion_tokens` of all answers together."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer (the first of `n`, which are all in `choices`) and what it took."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    usage: Usage
+    choices: tuple[Choice, ...]
+    profile: dict[str, Any]
+    cache_state: dict[str, Any]
+    plan: Any

@@ -1,0 +1,226 @@
+"""Weights: pieces of the model in the order in which a pass needs them, pinned or ahead of need.
+
+A piece is what one step runs on, or a block of the head's rows. Its tensors are views of the memory that the drive read
+into: stacked tensors lie one behind the other, and each lands where file offset and address agree modulo the disk's
+alignment, so that nothing is copied on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from time import perf_counter
+from typing import Self
+
+import anyio
+import torch
+from torch import Tensor
+
+from .ahead import Ahead
+from .buffers import PAGE, Arena, Lease, Ring, pages
+from .checkpoint import Checkpoint, TensorEntry
+from .disk.base import Disk, Extent, Span
+from .errors import CheckpointError, ModelError
+from .families.base import Family, Need, Step
+from .trace import Event, Trace
+
+DTYPES: dict[str, torch.dtype] = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """Where a parameter lies in its piece's memory."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One unit of reading: `nbytes` of memory, filled by `reads`, seen as `params`."""
+
+    label: str
+    layer: int
+    nbytes: int
+    reads: tuple[tuple[Extent, int], ...]
+    params: Mapping[str, Param]
+    step: Step | None
+    """The step that runs on it; None for a block of the head."""
+    first_row: int = 0
+    """The first vocabulary row of a block of the head."""
+
+    @property
+    def read_nbytes(self) -> int:
+        """Bytes that come from the drive."""
+        return sum(extent.nbytes for extent, _ in self.reads)
+
+
+def pieces_of(family: Family, checkpoint: Checkpoint) -> tuple[Piece, ...]:
+    """All pieces of a pass in running order: the steps of each layer, then the head in blocks of rows.
+
+    Raises `CheckpointError` for a tensor that is missing or has another shape than `config.json` says.
+    """
+    steps = [step_piece(step, checkpoint, family.dtype) for step in family.steps]
+    most = max(piece.nbytes for piece in steps)
+    table = checkpoint[family.head]
+    check_shape(table, (family.vocabulary, family.hidden))
+    row = table.extent.nbytes // family.vocabulary
+    blocks = max(1, -(-table.extent.nbytes // most))
+    rows = -(-family.vocabulary // blocks)
+    heads = [_head_piece(table, first, min(rows, family.vocabulary - first), row, family.hidden) for first in range(0, family.vocabulary, rows)]
+    return (*steps, *heads)
+
+
+def step_piece(step: Step, checkpoint: Checkpoint, dtype: torch.dtype) -> Piece:
+    """The layout of one step's weights."""
+    groups = [(name, need, [checkpoint[tensor] for tensor in need.tensors]) for name, need in step.params.items()]
+    params: dict[str, Param] = {}
+    reads: list[tuple[Extent, int]] = []
+    end = 0
+    for name, need, entries in sorted(groups, key=lambda group: group[2][0].extent.offset):
+        offset = _aligned(end, entries[0].extent, reads[-1] if reads else None)
+        params[name] = Param(offset, _stacked_dtype(entries, need, dtype), need.shape)
+        for entry in entries:
+            _append(reads, entry.extent, offset)
+            offset += entry.extent.nbytes
+        end = offset
+    return Piece(f"layer {step.layer} {step.name}", step.layer, pages(end), tuple(reads), params, step)
+
+
+def dtype_of(entry: TensorEntry) -> torch.dtype:
+    """The torch dtype of a tensor; `ModelError` for one that is not computed with."""
+    if entry.dtype not in DTYPES:
+        raise ModelError(f"{entry.name} is stored as {entry.dtype}; weights of {', '.join(DTYPES)} can be streamed")
+    return DTYPES[entry.dtype]
+
+
+def check_shape(entry: TensorEntry, shape: tuple[int, ...]) -> None:
+    """Raise `CheckpointError` unless `entry` has `shape`."""
+    if entry.shape != shape:
+        raise CheckpointError(f"{entry.name} has shape {list(entry.shape)}, config.json asks for {list(shape)}; the two belong to different models")
+
+
+class Weights:
+    """The pieces of one model on one disk: `pinned` ones stay, the rest stream round and round, ahead of need."""
+
+    def __init__(self, pieces: Sequence[Piece], pinned: frozenset[int], ring_nbytes: int, dtype: torch.dtype, disk: Disk, trace: Trace) -> None:
+        self.pieces = pieces
+        self._dtype = dtype
+        self.streamed = [i for i in range(len(pieces)) if i not in pinned]
+        self._disk, self._trace = disk, trace
+        self._starts, total = {}, 0
+        for index in sorted(pinned):
+            self._starts[index] = total
+            total += pieces[index].nbytes
+        self._arena = Arena(total)
+        self.ring = Ring(ring_nbytes if self.streamed else PAGE)
+        self._kept: dict[int, Mapping[str, Tensor]] = {}
+        self._ahead: Ahead[int, Mapping[str, Tensor]] | None = None
+
+    async def pin(self) -> None:
+        """Load what stays."""
+        try:
+            async with anyio.create_task_group() as group:
+                for index in self._starts:
+                    group.start_soon(self._pin, index)
+        except BaseExceptionGroup as raised:
+            raise first_of(raised) from raised
+
+    async def __aenter__(self) -> Self:
+        """Begin to read ahead."""
+        await self._begin()
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        """Stop reading; nothing is in flight afterwards. To be called by the task that entered."""
+        if self._ahead is not None:
+            ahead, self._ahead = self._ahead, None
+            await ahead.__aexit__(None, None, None)
+
+    async def restart(self) -> None:
+        """Begin the round anew: after a pass that ended early."""
+        await self.__aexit__()
+        await self._begin()
+
+    def pinned(self, index: int) -> Mapping[str, Tensor] | None:
+        """The parameters of a piece that is kept in memory, else None."""
+        return self._kept.get(index)
+
+    async def next(self) -> tuple[Mapping[str, Tensor], Lease | None]:
+        """The parameters of the next streamed piece, and the lease to release when they have been used."""
+        assert self._ahead is not None
+        return await self._ahead.next()
+
+    @property
+    def reading(self) -> bool:
+        """Whether anything of the round is being read or waits, read, to be used."""
+        return self.ring.leased > 0
+
+    def __repr__(self) -> str:
+        return f"<Weights {len(self._kept)} pieces pinned, {len(self.streamed)} streamed, {self._ahead}>"
+
+    async def _begin(self) -> None:
+        if self.streamed:
+            ahead = Ahead(cycle(self.streamed), lambda index: self.pieces[index].nbytes, self._stream, self.ring)
+            await ahead.__aenter__()
+            self._ahead = ahead
+
+    async def _pin(self, index: int) -> None:
+        self._kept[index] = await self._load(self.pieces[index], self._arena, self._starts[index])
+
+    async def _stream(self, index: int, lease: Lease) -> Mapping[str, Tensor]:
+        return await self._load(self.pieces[index], self.ring.arena, lease.offset)
+
+    async def _load(self, piece: Piece, arena: Arena, at: int) -> Mapping[str, Tensor]:
+        start = perf_counter()
+        extents = [extent for extent, _ in piece.reads]
+        span: Span = await self._disk.read_into(extents, [arena.bytes[at + offset : at + offset + extent.nbytes] for extent, offset in piece.reads])
+        self._trace.add(Event("safetensor_pread", span.start, span.end, piece.layer, nbytes=piece.read_nbytes, path="safetensor-io", label=piece.label))
+        self._trace.add(Event("layer_load", start, perf_counter(), piece.layer, nbytes=piece.read_nbytes, label=piece.label))
+        return {name: arena.tensor(at + param.offset, param.dtype, param.shape).to(self._dtype) for name, param in piece.params.items()}
+
+
+def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first leaf of a group: callers at the public edge catch errors, not groups."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _head_piece(table: TensorEntry, first: int, rows: int, row_nbytes: int, hidden: int) -> Piece:
+    extent = Extent(table.extent.file, table.extent.offset + first * row_nbytes, rows * row_nbytes)
+    offset = _aligned(0, extent, None)
+    param = Param(offset, dtype_of(table), (rows, hidden))
+    return Piece(f"head from row {first}", -1, pages(offset + extent.nbytes), ((extent, offset),), {"head": param}, None, first)
+
+
+def _stacked_dtype(entries: Sequence[TensorEntry], need: Need, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that all of a parameter's tensors have: the model's, but for norms and biases, which are converted on arrival."""
+    first, found = entries[0], dtype_of(entries[0])
+    if sum(entry.shape[0] for entry in entries if entry.shape) != need.shape[0] or any(entry.shape[1:] != need.shape[1:] for entry in entries):
+        names = " + ".join(f"{entry.name} {list(entry.shape)}" for entry in entries)
+        raise CheckpointError(f"{names} do not make up {list(need.shape)}, which config.json asks for; the two belong to different models")
+    if any(entry.dtype != first.dtype for entry in entries) or (found != dtype and len(need.shape) > 1):
+        raise ModelError(f"{first.name} is stored as {first.dtype} where others are not; weights of mixed dtypes are not supported")
+    return found
+
+
+def _aligned(end: int, extent: Extent, before: tuple[Extent, int] | None) -> int:
+    """The first address from `end` on at which `extent` can be read in place; right behind `before` if it follows it in the file."""
+    if before is not None and before[0].file == extent.file and before[0].end == extent.offset:
+        return before[1] + before[0].nbytes
+    residue = extent.offset % PAGE
+    return pages(end) + (residue if residue % 8 == 0 else 0)
+
+
+def _append(reads: list[tuple[Extent, int]], extent: Extent, offset: int) -> None:
+    """Add a read, joined to the one before it where both follow each other in file and memory."""
+    if reads:
+        last, at = reads[-1]
+        if last.file == extent.file and last.end == extent.offset and at + last.nbytes == offset:
+            reads[-1] = Extent(last.file, last.offset, last.nbytes + extent.nbytes), at
+            return
+    reads.append((extent, offset))
