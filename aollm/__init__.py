@@ -19,7 +19,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "errors": ("AollmError", "CheckpointError", "ConfigError", "DiskError", "MemoryBudgetError", "ModelError", "RequestError", "StoreError"),
+    "errors": (
+        "AollmError",
+        "CheckpointError",
+        "ConfigError",
+        "DiskError",
+        "MemoryBudgetError",
+        "ModelError",
+        "RequestError",
+        "StoreError",
+    ),
     "disk.memory": ("MemoryDisk",),
     "request": ("Token",),
     "runtime": ("Runtime",),

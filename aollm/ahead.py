@@ -32,7 +32,9 @@ class _Slot(Generic[Result]):
 class Ahead(Generic[Item, Result]):
     """`async with Ahead(plan, nbytes, load, ring) as ahead`, then `await ahead.next()` for each item of `plan`."""
 
-    def __init__(self, plan: Iterable[Item], nbytes: Callable[[Item], int], load: Callable[[Item, Lease], Awaitable[Result]], ring: Ring) -> None:
+    def __init__(
+        self, plan: Iterable[Item], nbytes: Callable[[Item], int], load: Callable[[Item, Lease], Awaitable[Result]], ring: Ring
+    ) -> None:
         self._plan, self._nbytes, self._load, self._ring = plan, nbytes, load, ring
         self._slots: deque[_Slot[Result]] = deque()
         self._grown = anyio.Event()

@@ -39,14 +39,15 @@ class Ledger:
             lines = {**self.lines, name: nbytes}
             largest = sorted(lines.items(), key=lambda line: -line[1])[:4]
             raise MemoryBudgetError(
-                f"memory={size(self.limit)} is too small: {size(sum(lines.values()))} is the least that this run needs, the largest parts being "
+                f"memory={size(self.limit)} is too small: this run needs at least {size(sum(lines.values()))}; its largest parts are "
                 + ", ".join(f"{name} {size(n)}" for name, n in largest)
                 + "; raise memory, or lower max_context_tokens, max_concurrent_requests or prefetch_depth"
             )
         self.lines[name] = self.lines.get(name, 0) + nbytes
 
     def __repr__(self) -> str:
-        return f"<Ledger {size(sum(self.lines.values()))} of {size(self.limit)}: {', '.join(f'{k} {size(v)}' for k, v in self.lines.items())}>"
+        lines = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in self.lines.items())
+        return f"<Ledger {size(sum(self.lines.values()))} of {size(self.limit)}: {lines}>"
 
 
 def size(nbytes: float) -> str:
@@ -71,7 +72,9 @@ class Arena:
         try:
             self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
         except OSError as error:
-            raise MemoryBudgetError(f"the system refuses {size(self.nbytes)} of memory ({error.strerror}); lower memory or max_context_tokens") from error
+            raise MemoryBudgetError(
+                f"the system refuses {size(self.nbytes)} of memory ({error.strerror}); lower memory or max_context_tokens"
+            ) from error
         if huge and self.nbytes >= HUGE_PAGE and "MADV_HUGEPAGE" in dir(mmap):
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.bytes = memoryview(self._map)

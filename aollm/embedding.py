@@ -32,8 +32,10 @@ class Embedding:
             return torch.stack([self._blocks[number // size][number % size] for number in ids])
         order = {number: row for row, number in enumerate(dict.fromkeys(ids))}
         out = torch.empty(len(order), self._family.hidden, dtype=self._family.dtype)
-        memory = memoryview(out.view(torch.uint8).numpy()).cast("B")
-        extents = [Extent(self._entry.extent.file, self._entry.extent.offset + number * self._row_nbytes, self._row_nbytes) for number in order]
+        memory = memoryview(out.view(torch.uint8).numpy().data).cast("B")
+        extents = [
+            Extent(self._entry.extent.file, self._entry.extent.offset + number * self._row_nbytes, self._row_nbytes) for number in order
+        ]
         buffers = [memory[at : at + self._row_nbytes] for at in range(0, memory.nbytes, self._row_nbytes)]
         await self._disk.read_into(extents, buffers, Priority.NOW)
         return out[[order[number] for number in ids]] if len(order) < len(ids) else out

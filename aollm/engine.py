@@ -38,7 +38,16 @@ class _Done:
 class Engine:
     """Serves requests with one model until it is cancelled."""
 
-    def __init__(self, model: Model, embedding: Embedding, compute: Compute, pool: BlockPool, new_store: Callable[[], Store], max_rows: int, max_requests: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        embedding: Embedding,
+        compute: Compute,
+        pool: BlockPool,
+        new_store: Callable[[], Store],
+        max_rows: int,
+        max_requests: int,
+    ) -> None:
         self._model, self._embedding, self._compute = model, embedding, compute
         self._pool, self._new_store = pool, new_store
         self._max_rows, self._max_requests = max_rows, max_requests
@@ -176,7 +185,7 @@ class Engine:
         for request in batch.requests:
             request.close(error)
             await self._retire(request)
-        await self._model.weights.restart()
+        await self._model.weights.stop()
 
     def __repr__(self) -> str:
         return f"<Engine {len(self._riders)} riding, {len(self._inbox)} waiting, {self.passes} passes>"
@@ -199,4 +208,6 @@ def _drawing(answer: Answer) -> list[Answer]:
 def _sample(batch: Batch, logits: Tensor) -> list[list[Draw]]:
     """A draw for each answer of each segment whose input ended. Runs in the compute thread."""
     ends: list[Segment] = [segment for segment in batch.segments if segment.ends_input]
-    return [[choice.sampler.draw(row, choice.history) for choice in _drawing(segment.answer)] for segment, row in zip(ends, logits, strict=True)]
+    return [
+        [choice.sampler.draw(row, choice.history) for choice in _drawing(segment.answer)] for segment, row in zip(ends, logits, strict=True)
+    ]

@@ -1,14 +1,14 @@
 """What can go wrong, as one tree. Each message says what happened and what to do.
 
-    AollmError
-    ├── ConfigError          a setting is unknown, malformed or contradicts another
-    ├── ModelError           the model folder cannot be used
-    │   └── CheckpointError  its weights are missing, truncated or lie about themselves
-    ├── MemoryBudgetError    what was asked for does not fit the memory that was given
-    ├── DiskError            a read or write failed, or a file changed while in use
-    ├── StoreError           a KV store cannot be opened or continued
-    └── RequestError         one request is malformed; others are not affected
-        └── CancelledRequest its reader cancelled it, or the runtime is closing
+AollmError
+├── ConfigError          a setting is unknown, malformed or contradicts another
+├── ModelError           the model folder cannot be used
+│   └── CheckpointError  its weights are missing, truncated or lie about themselves
+├── MemoryBudgetError    what was asked for does not fit the memory that was given
+├── DiskError            a read or write failed, or a file changed while in use
+├── StoreError           a KV store cannot be opened or continued
+└── RequestError         one request is malformed; others are not affected
+    └── CancelledRequest its reader cancelled it, or the runtime is closing
 """
 
 from __future__ import annotations

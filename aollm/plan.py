@@ -20,7 +20,7 @@ CHUNK_ROWS = 1024
 """Rows computed at a time: matrix products gain nothing from more."""
 KV_SHARE, ACTIVATION_SHARE = 1 / 8, 1 / 16
 """Shares of the memory that go to KV and to rows under way when the caller does not say how many tokens there will be."""
-LEAST_RING = 64 << 10
+LEAST_RING = 256 << 10
 SLACK = 48 << 20
 """For what nobody can count beforehand: thread stacks, the allocator's leftovers, scratch memory of matrix products."""
 
@@ -87,7 +87,8 @@ def make_plan(
         pinned = frozenset(index for index, piece in enumerate(pieces) if piece.layer in kept)
     ledger.reserve("pinned weights", sum(sizes[index] for index in pinned))
     return RuntimePlan(
-        model=config.model_reference, family=model_type, dtype=str(family.dtype).removeprefix("torch."), memory=memory, ledger=dict(ledger.lines),
+        model=config.model_reference, family=model_type, dtype=str(family.dtype).removeprefix("torch."),
+        memory=memory, ledger=dict(ledger.lines),
         placement=tuple("host" if index in pinned else "disk" for index in range(len(pieces))),
         pieces=tuple(piece.label for piece in pieces),
         weights_nbytes=sum(piece.read_nbytes for piece in pieces),

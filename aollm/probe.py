@@ -1,43 +1,65 @@
-"""How fast a drive is, measured the way weights are read: same files, same pieces, same depth."""
+"""What the machine has to give: how fast its drive is, and how much of its memory is free."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from time import perf_counter
 
 import anyio
+import psutil
 
 from .buffers import PAGE, Ring
 from .disk.base import Disk, Extent
-from .errors import MemoryBudgetError
 
 CHUNK = 32 << 20
 
 
 async def drive_speed(disk: Disk, extents: Sequence[Extent], ring: Ring, nbytes: int) -> float:
-    """Bytes per second of reading about `nbytes` of `extents`, two chunks of the ring at a time."""
+    """Bytes per second of reading about `nbytes` of `extents` the way weights are read: same files, same pieces, two
+    chunks of the ring at a time. The first chunks only warm up: memory that was never touched takes time of its own."""
     chunk = min(CHUNK, ring.arena.nbytes // 2 // PAGE * PAGE)
-    if chunk <= PAGE:
-        raise MemoryBudgetError("the stream ring is too small to read through")
-    todo = iter([part for extent in extents for part in _parts(extent, chunk)][: max(1, nbytes // chunk)])
-    done = 0
-
-    async def reader(memory: memoryview) -> None:
-        nonlocal done
-        for part in todo:
-            await disk.read_into([part], [memory[part.offset % PAGE : part.offset % PAGE + part.nbytes]])
-            done += part.nbytes
-
-    start = perf_counter()
     leases = [await ring.take(chunk), await ring.take(chunk)]
-    async with anyio.create_task_group() as group:
-        for lease in leases:
-            group.start_soon(reader, ring.arena.bytes[lease.offset : lease.offset + lease.nbytes])
+    memories = [ring.arena.bytes[lease.offset : lease.offset + lease.nbytes] for lease in leases]
+    parts = [part for extent in extents for part in _parts(extent, chunk - PAGE)][: 2 + nbytes // chunk]
+    await _read(disk, iter(parts[:2]), memories)
+    start = perf_counter()
+    await _read(disk, iter(parts[2:] or parts), memories)
+    seconds = perf_counter() - start
     for lease in leases:
         lease.release()
-    return done / (perf_counter() - start)
+    return sum(part.nbytes for part in parts[2:] or parts) / seconds
 
 
-def _parts(extent: Extent, chunk: int) -> list[Extent]:
-    size = chunk - PAGE
-    return [Extent(extent.file, at, min(size, extent.end - at)) for at in range(extent.offset, extent.end, size)]
+def free_memory() -> int:
+    """Bytes that this process may still take: what the system has available, within the limits of its control groups."""
+    return min([psutil.virtual_memory().available, *_group_limits()])
+
+
+async def _read(disk: Disk, parts: Iterator[Extent], memories: Sequence[memoryview]) -> None:
+    async def reader(memory: memoryview) -> None:
+        for part in parts:
+            start = part.offset % PAGE
+            await disk.read_into([part], [memory[start : start + part.nbytes]])
+
+    async with anyio.create_task_group() as group:
+        for memory in memories:
+            group.start_soon(reader, memory)
+
+
+def _parts(extent: Extent, nbytes: int) -> list[Extent]:
+    return [Extent(extent.file, at, min(nbytes, extent.end - at)) for at in range(extent.offset, extent.end, nbytes)]
+
+
+def _group_limits() -> Iterator[int]:
+    """What the control groups of this process leave it, where they limit it (v2 first, then v1)."""
+    try:
+        groups = dict(line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines())
+    except (OSError, ValueError):
+        return
+    v2, v1 = Path("/sys/fs/cgroup") / groups.get("", "/").lstrip("/"), Path("/sys/fs/cgroup/memory") / groups.get("memory", "/").lstrip("/")
+    for folder, limit, usage in ((v2, "memory.max", "memory.current"), (v1, "memory.limit_in_bytes", "memory.usage_in_bytes")):
+        try:
+            yield max(int((folder / limit).read_text()) - int((folder / usage).read_text()), 0)
+        except (OSError, ValueError):  # no such controller, or "max"
+            continue

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Protocol
 
 import anyio
@@ -22,15 +22,12 @@ OUTBOX = 64
 """Tokens that wait for a slow reader before its request pauses."""
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why an answer ended."""
 
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 class Decoder(Protocol):
@@ -123,7 +120,7 @@ class Request:
         if reason is not None:
             answer.finished = True
             text += answer.decoder.finish()
-        self._put(Token(draw.id, text, answer.produced - 1, draw.logprob, reason and str(reason), answer.choice, draw.top))
+        self._put(Token(draw.id, text, answer.produced - 1, draw.logprob, reason, answer.choice, draw.top))
 
     def cancel(self) -> None:
         """Leave at the next layer; idempotent."""

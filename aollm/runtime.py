@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -29,7 +30,7 @@ from .families import FAMILIES
 from .families.base import Family
 from .plan import RuntimePlan, make_plan
 from .port import Port
-from .probe import drive_speed
+from .probe import drive_speed, free_memory
 from .request import Request, Token
 from .sampling import Sampler
 from .settings import MAX_ANSWERS, GenerationConfig, RuntimeConfig
@@ -50,9 +51,9 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 class Runtime:
     """One model, ready to answer many requests at once.
 
-        async with Runtime.open("demo", memory="3GiB") as runtime:
-            async for token in runtime.stream("Once upon a time"):
-                print(token.text, end="", flush=True)
+    async with Runtime.open("demo", memory="3GiB") as runtime:
+        async for token in runtime.stream("Once upon a time"):
+            print(token.text, end="", flush=True)
     """
 
     def __init__(self, config: RuntimeConfig, disk: Disk | None = None) -> None:
@@ -71,8 +72,8 @@ class Runtime:
     def open(cls, model: RuntimeConfig | str | Path, *, disk: Disk | None = None, **fields: Any) -> Runtime:
         """A runtime for `model` (a folder, an alias such as `demo`, or a whole configuration); enter it with `async with`.
 
-        A `disk` that is given takes the place of `disk_backend`, and stays open. `fields` are those of `RuntimeConfig`. Raises `ConfigError` here; on entering `ModelError`, `MemoryBudgetError`
-        or `DiskError`, and then leaves nothing behind.
+        A `disk` that is given takes the place of `disk_backend`, and stays open. `fields` are those of `RuntimeConfig`.
+        Raises `ConfigError` here; on entering `ModelError`, `MemoryBudgetError` or `DiskError`, and then leaves nothing behind.
         """
         return cls(RuntimeConfig.of(model, fields), disk)
 
@@ -171,14 +172,19 @@ class Runtime:
         checkpoint = await open_checkpoint(folder, disk)
         self._family = family = build_family(config, checkpoint)
         pieces = pieces_of(family, checkpoint)
-        process = psutil.Process()
-        in_use = process.memory_info().rss
-        memory = self.config.memory or in_use + int(psutil.virtual_memory().available * 0.9)
+        in_use = psutil.Process().memory_info().rss
+        memory = self.config.memory or in_use + int(free_memory() * 0.9)
         self.plan = make_plan(self.config, str(config["model_type"]), family, pieces, memory, in_use, (disk.name, reason))
         weights = Weights(pieces, self.plan.pinned, self.plan.ring_nbytes, family.dtype, disk, self.trace)
         sequences = min(self.config.max_concurrent_requests * MAX_ANSWERS, self.plan.kv_tokens)
         self._pool = BlockPool(
-            self.plan.kv_tokens, sequences, self.plan.max_context_tokens, family.kv.layers, family.kv.heads, family.kv.head_dim, family.dtype
+            self.plan.kv_tokens,
+            sequences,
+            self.plan.max_context_tokens,
+            family.kv.layers,
+            family.kv.heads,
+            family.kv.head_dim,
+            family.dtype,
         )
         if weights.streamed:
             self.drive_bytes_per_second = await self._probe(pieces, weights, disk)
@@ -191,7 +197,13 @@ class Runtime:
 
         model = Model(family, weights, norm, self.plan.chunk_rows, self.trace, release)
         self.engine = Engine(
-            model, embedding, compute, self._pool, lambda: ResidentStore(self._pool), self.plan.max_rows, self.config.max_concurrent_requests
+            model,
+            embedding,
+            compute,
+            self._pool,
+            partial(ResidentStore, self._pool),
+            self.plan.max_rows,
+            self.config.max_concurrent_requests,
         )
         self._group.start_soon(self.engine.run)
 
@@ -204,15 +216,16 @@ class Runtime:
             ids = await anyio.to_thread.run_sync(self.text.encode, prompt)
         elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
             raise RequestError(f"a prompt is text, a list of token ids or a list of messages, not {type(prompt).__name__}")
-        elif all(isinstance(item, int) and not isinstance(item, bool) for item in prompt):
-            ids = [item for item in prompt if isinstance(item, int)]
+        elif all(isinstance(item, Mapping) for item in prompt):
+            ids = await anyio.to_thread.run_sync(self.text.chat, [item for item in prompt if isinstance(item, Mapping)])
+        elif wrong := [item for item in prompt if not isinstance(item, int) or isinstance(item, bool)]:
+            raise RequestError(f"a token id is a whole number, not {wrong[0]!r}")
         else:
-            ids = await anyio.to_thread.run_sync(self.text.chat, prompt)
-        if not ids:
+            ids = [item for item in prompt if isinstance(item, int)]
+        if not ids or not prompt:
             raise RequestError("the prompt is empty: give at least one token")
-        wrong = next((item for item in ids if not 0 <= item < self._family.vocabulary), None)
-        if wrong is not None:
-            raise RequestError(f"token id {wrong} is out of range: this model has ids from 0 to {self._family.vocabulary - 1}")
+        if outside := [item for item in ids if not 0 <= item < self._family.vocabulary]:
+            raise RequestError(f"token id {outside[0]} is out of range: this model has ids from 0 to {self._family.vocabulary - 1}")
         return ids
 
 
@@ -256,5 +269,3 @@ def _later(close: Any) -> Any:
         close()
 
     return clean
-
-

@@ -83,7 +83,7 @@ def chrome_events(events: Iterable[Event]) -> Iterator[dict[str, Any]]:
     for event in sorted(events, key=lambda event: event.start):
         ends = lanes.setdefault(event.name, [])
         row = next((i for i, end in enumerate(ends) if end <= event.start), len(ends))
-        ends[row:row + 1] = [event.end]
+        ends[row : row + 1] = [event.end]
         yield {
             "name": event.label or event.name, "cat": event.name, "ph": "X", "pid": 1, "tid": f"{event.name} {row}",
             "ts": event.start * 1e6, "dur": (event.end - event.start) * 1e6,
@@ -102,12 +102,15 @@ def summary(events: Iterable[Event]) -> dict[str, dict[str, float]]:
 def profile(events: list[Event], wall_s: float, drive_bytes_per_second: float | None) -> dict[str, Any]:
     """The `native_runtime_profile`: what was read, how long compute waited, and how near the run came to its bound.
 
-    The bound is max(bytes read / the drive's probed speed, compute time); `fraction_of_bound` is bound / wall time.
+    The bound is max(bytes read / the drive's speed, compute time); `fraction_of_bound` is bound / wall time. The drive's
+    speed is the probed one, or what it reached while reads were in flight where that was more.
     `limiter` is `disk` when the drive's part is the larger, `memory` when compute is but its rows are so few that it
     only reads weights from memory (up to 32 rows cost what one costs), else `compute`.
     """
     reads = [event for event in events if event.name in READS]
     nbytes = sum(event.nbytes for event in reads)
+    if drive_bytes_per_second and (busy := covered(reads)):
+        drive_bytes_per_second = max(drive_bytes_per_second, nbytes / busy)
     compute = [event for event in events if event.name == "compute"]
     compute_s = sum(event.end - event.start for event in compute)
     disk_s = nbytes / drive_bytes_per_second if drive_bytes_per_second else 0.0
@@ -122,6 +125,15 @@ def profile(events: list[Event], wall_s: float, drive_bytes_per_second: float | 
         "fraction_of_bound": bound / wall_s if wall_s > 0 else None,
         "limiter": "disk" if disk_s >= compute_s else "memory" if rows <= 32 else "compute",
     }
+
+
+def covered(events: Iterable[Event]) -> float:
+    """Seconds during which at least one of the events was under way."""
+    seconds, reached = 0.0, 0.0
+    for event in sorted(events, key=lambda event: event.start):
+        seconds += max(event.end - max(event.start, reached), 0.0)
+        reached = max(reached, event.end)
+    return seconds
 
 
 def _spread(kind: list[Event]) -> dict[str, float]:

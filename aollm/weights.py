@@ -69,7 +69,9 @@ def pieces_of(family: Family, checkpoint: Checkpoint) -> tuple[Piece, ...]:
     row = table.extent.nbytes // family.vocabulary
     blocks = max(1, -(-table.extent.nbytes // most))
     rows = -(-family.vocabulary // blocks)
-    heads = [_head_piece(table, first, min(rows, family.vocabulary - first), row, family.hidden) for first in range(0, family.vocabulary, rows)]
+    heads = [
+        _head_piece(table, first, min(rows, family.vocabulary - first), row, family.hidden) for first in range(0, family.vocabulary, rows)
+    ]
     return (*steps, *heads)
 
 
@@ -99,13 +101,17 @@ def dtype_of(entry: TensorEntry) -> torch.dtype:
 def check_shape(entry: TensorEntry, shape: tuple[int, ...]) -> None:
     """Raise `CheckpointError` unless `entry` has `shape`."""
     if entry.shape != shape:
-        raise CheckpointError(f"{entry.name} has shape {list(entry.shape)}, config.json asks for {list(shape)}; the two belong to different models")
+        raise CheckpointError(
+            f"{entry.name} has shape {list(entry.shape)}, config.json asks for {list(shape)}; the two belong to different models"
+        )
 
 
 class Weights:
     """The pieces of one model on one disk: `pinned` ones stay, the rest stream round and round, ahead of need."""
 
-    def __init__(self, pieces: Sequence[Piece], pinned: frozenset[int], ring_nbytes: int, dtype: torch.dtype, disk: Disk, trace: Trace) -> None:
+    def __init__(
+        self, pieces: Sequence[Piece], pinned: frozenset[int], ring_nbytes: int, dtype: torch.dtype, disk: Disk, trace: Trace
+    ) -> None:
         self.pieces = pieces
         self._dtype = dtype
         self.streamed = [i for i in range(len(pieces)) if i not in pinned]
@@ -144,12 +150,18 @@ class Weights:
         await self.__aexit__()
         await self._begin()
 
+    async def stop(self) -> None:
+        """Read no further until `next` is called: after a failure, so that what failed is tried again when it is asked for."""
+        await self.__aexit__()
+
     def pinned(self, index: int) -> Mapping[str, Tensor] | None:
         """The parameters of a piece that is kept in memory, else None."""
         return self._kept.get(index)
 
     async def next(self) -> tuple[Mapping[str, Tensor], Lease | None]:
         """The parameters of the next streamed piece, and the lease to release when they have been used."""
+        if self._ahead is None:
+            await self._begin()
         assert self._ahead is not None
         return await self._ahead.next()
 
@@ -176,8 +188,12 @@ class Weights:
     async def _load(self, piece: Piece, arena: Arena, at: int) -> Mapping[str, Tensor]:
         start = perf_counter()
         extents = [extent for extent, _ in piece.reads]
-        span: Span = await self._disk.read_into(extents, [arena.bytes[at + offset : at + offset + extent.nbytes] for extent, offset in piece.reads])
-        self._trace.add(Event("safetensor_pread", span.start, span.end, piece.layer, nbytes=piece.read_nbytes, path="safetensor-io", label=piece.label))
+        span: Span = await self._disk.read_into(
+            extents, [arena.bytes[at + offset : at + offset + extent.nbytes] for extent, offset in piece.reads]
+        )
+        self._trace.add(
+            Event("safetensor_pread", span.start, span.end, piece.layer, nbytes=piece.read_nbytes, path="safetensor-io", label=piece.label)
+        )
         self._trace.add(Event("layer_load", start, perf_counter(), piece.layer, nbytes=piece.read_nbytes, label=piece.label))
         return {name: arena.tensor(at + param.offset, param.dtype, param.shape).to(self._dtype) for name, param in piece.params.items()}
 
@@ -200,7 +216,9 @@ def _head_piece(table: TensorEntry, first: int, rows: int, row_nbytes: int, hidd
 def _stacked_dtype(entries: Sequence[TensorEntry], need: Need, dtype: torch.dtype) -> torch.dtype:
     """The dtype that all of a parameter's tensors have: the model's, but for norms and biases, which are converted on arrival."""
     first, found = entries[0], dtype_of(entries[0])
-    if sum(entry.shape[0] for entry in entries if entry.shape) != need.shape[0] or any(entry.shape[1:] != need.shape[1:] for entry in entries):
+    if sum(entry.shape[0] for entry in entries if entry.shape) != need.shape[0] or any(
+        entry.shape[1:] != need.shape[1:] for entry in entries
+    ):
         names = " + ".join(f"{entry.name} {list(entry.shape)}" for entry in entries)
         raise CheckpointError(f"{names} do not make up {list(need.shape)}, which config.json asks for; the two belong to different models")
     if any(entry.dtype != first.dtype for entry in entries) or (found != dtype and len(need.shape) > 1):

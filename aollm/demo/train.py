@@ -68,6 +68,7 @@ def new_model(seed: int) -> LlamaForCausalLM:
         max_position_embeddings=131072,
         rope_parameters={"rope_type": "default", "rope_theta": THETA},
         rms_norm_eps=1e-5,
+        initializer_range=0.06,
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=1,
@@ -87,7 +88,9 @@ def look_back(model: LlamaForCausalLM, pairs: int = 5, strength: float = 7.0) ->
     size, attention = HEAD, model.model.layers[0].self_attn
     attention.q_proj.weight.zero_()
     attention.k_proj.weight.zero_()
-    model.model.embed_tokens.weight[:, 0] = 0.08
+    model.model.embed_tokens.weight *= 8
+    model.model.embed_tokens.weight[:, 0] = 2.0
+    model.model.norm.weight.fill_(0.1)
     turns = THETA ** (-torch.arange(pairs) * 2 / size)
     for head in range(KV_HEADS):
         attention.k_proj.weight[head * size : head * size + pairs, 0] = strength / 4
@@ -134,7 +137,7 @@ def fit(
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     muon = torch.optim.Muon(matrices, lr=peak, weight_decay=0.05, momentum=0.95)
-    adam = torch.optim.AdamW(others, lr=peak / 5, betas=(0.9, 0.98), weight_decay=0.0)
+    adam = torch.optim.AdamW(others, lr=0.004, betas=(0.9, 0.98), weight_decay=0.0)
     optimizers: tuple[torch.optim.Optimizer, ...] = (muon, adam)
     losses: list[float] = []
     step, tokens, started, rng = 0, 0, time.monotonic(), Random(seed)
@@ -203,7 +206,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--output", type=Path, default=MODEL)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--peak", type=float, default=0.02, help="highest learning rate of Muon; AdamW's is a fifth")
+    parser.add_argument("--peak", type=float, default=0.005, help="highest learning rate of Muon")
     parser.add_argument("--save-every", type=int, default=200)
     options = parser.parse_args()
     torch.set_num_threads(1)  # the parallel parts are rows of a step: a busy core then delays nobody else

@@ -5,7 +5,7 @@ Llama (Touvron et al., 2023; Grattafiori et al., 2024). Mistral, Qwen2 and Qwen3
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -75,11 +75,13 @@ class Llama:
         self.head = self.embedding if config.get("tie_word_embeddings", False) else "lm_head.weight"
         self.kv = KvShape(layers, self.kv_heads, self.head_dim, dtype)
         bias = bool(config.get("attention_bias", False))
-        self.steps = tuple(
+        self.steps: Sequence[Step] = tuple(
             step
             for layer in range(layers)
             for step in (
-                self._attention_step(layer, bias if variant.qkv_bias is None else variant.qkv_bias, bias, variant, variant.window(config, layer)),
+                self._attention_step(
+                    layer, bias if variant.qkv_bias is None else variant.qkv_bias, bias, variant, variant.window(config, layer)
+                ),
                 self._mlp_step(layer, bool(config.get("mlp_bias", False))),
             )
         )
@@ -103,7 +105,7 @@ class Llama:
         """x + attention(norm(x))."""
         rows = x.shape[0]
         qkv = linear(rms_norm(x, w["norm"], self.eps), w["qkv"], w.get("qkv_bias"))  # [T, (H + 2 K) D]
-        q, k, v = qkv.view(rows, -1, self.head_dim).split((self.heads, self.kv_heads, self.kv_heads), dim=1)  # [T, H or K, D]
+        q, k, v = qkv.view(rows, -1, self.head_dim).split_with_sizes((self.heads, self.kv_heads, self.kv_heads), dim=1)  # [T, H or K, D]
         if "q_norm" in w:
             q, k = rms_norm(q, w["q_norm"], self.eps), rms_norm(k, w["k_norm"], self.eps)
         q, k = rotate(q, *angles), rotate(k, *angles)

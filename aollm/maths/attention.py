@@ -72,9 +72,7 @@ class Fold:
             if start >= end:
                 continue
             own = start >= self._start
-            if self._window is not None and start <= self._end - 1 - self._window:
-                yield _cut(block, start, end), False, self._mask(start, end)
-            elif own and start > self._start:
+            if (self._window is not None and start <= self._end - 1 - self._window) or (own and start > self._start):
                 yield _cut(block, start, end), False, self._mask(start, end)
             else:
                 yield _cut(block, start, end), own, None
