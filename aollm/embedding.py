@@ -10,14 +10,15 @@ from torch import Tensor
 from .checkpoint import TensorEntry
 from .disk.base import Disk, Extent, Priority
 from .families.base import Family
+from .trace import Event, Trace
 from .weights import Weights
 
 
 class Embedding:
     """Rows of `entry` [vocabulary, hidden]; a tied head that is pinned serves them without reading."""
 
-    def __init__(self, entry: TensorEntry, family: Family, weights: Weights, disk: Disk) -> None:
-        self._entry, self._family, self._disk = entry, family, disk
+    def __init__(self, entry: TensorEntry, family: Family, weights: Weights, disk: Disk, trace: Trace) -> None:
+        self._entry, self._family, self._disk, self._trace = entry, family, disk, trace
         self._row_nbytes = entry.extent.nbytes // entry.shape[0]
         heads = [index for index, piece in enumerate(weights.pieces) if piece.step is None]
         kept = [weights.pinned(index) for index in heads]
@@ -37,5 +38,6 @@ class Embedding:
             Extent(self._entry.extent.file, self._entry.extent.offset + number * self._row_nbytes, self._row_nbytes) for number in order
         ]
         buffers = [memory[at : at + self._row_nbytes] for at in range(0, memory.nbytes, self._row_nbytes)]
-        await self._disk.read_into(extents, buffers, Priority.NOW)
+        span = await self._disk.read_into(extents, buffers, Priority.NOW)
+        self._trace.add(Event("safetensor_pread", span.start, span.end, nbytes=memory.nbytes, path="safetensor-io", label="embedding rows"))
         return out[[order[number] for number in ids]] if len(order) < len(ids) else out

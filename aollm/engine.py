@@ -70,6 +70,11 @@ class Engine:
         """Something changed that may give the next pass work."""
         self._work.set()
 
+    def close(self) -> None:
+        """Have the pass under way end at its next piece; to be followed by cancelling `run`."""
+        for request in self._riders:
+            request.cancelled = True
+
     async def run(self) -> None:
         """Go round until cancelled."""
         try:

@@ -16,12 +16,12 @@ from .settings import RuntimeConfig
 from .stores.pool import BlockPool
 from .weights import Piece
 
-CHUNK_ROWS = 1024
+CHUNK_ROWS = 512
 """Rows computed at a time: matrix products gain nothing from more."""
 KV_SHARE, ACTIVATION_SHARE = 1 / 8, 1 / 16
 """Shares of the memory that go to KV and to rows under way when the caller does not say how many tokens there will be."""
 LEAST_RING = 256 << 10
-SLACK = 48 << 20
+SLACK = 64 << 20
 """For what nobody can count beforehand: thread stacks, the allocator's leftovers, scratch memory of matrix products."""
 
 
@@ -32,6 +32,7 @@ class RuntimePlan:
     model: str
     family: str
     dtype: str
+    vocabulary: int
     memory: int
     ledger: dict[str, int]
     placement: tuple[str, ...]
@@ -71,7 +72,7 @@ def make_plan(
     kv_nbytes = BlockPool.nbytes(kv_tokens, config.max_concurrent_requests, family.kv.layers, family.kv.row_nbytes)
     activations = (
         max_rows * _row_nbytes(family)
-        + family.activation_nbytes(chunk_rows)
+        + family.activation_nbytes(chunk_rows) * 5 // 4  # the allocator does not fit them without gaps
         + config.max_concurrent_requests * family.vocabulary * (family.dtype.itemsize + 8)
     )
     sizes = [piece.nbytes for piece in pieces]
@@ -88,7 +89,7 @@ def make_plan(
     ledger.reserve("pinned weights", sum(sizes[index] for index in pinned))
     return RuntimePlan(
         model=config.model_reference, family=model_type, dtype=str(family.dtype).removeprefix("torch."),
-        memory=memory, ledger=dict(ledger.lines),
+        vocabulary=family.vocabulary, memory=memory, ledger=dict(ledger.lines),
         placement=tuple("host" if index in pinned else "disk" for index in range(len(pieces))),
         pieces=tuple(piece.label for piece in pieces),
         weights_nbytes=sum(piece.read_nbytes for piece in pieces),

@@ -33,7 +33,7 @@ async def drive_speed(disk: Disk, extents: Sequence[Extent], ring: Ring, nbytes:
 
 def free_memory() -> int:
     """Bytes that this process may still take: what the system has available, within the limits of its control groups."""
-    return min([psutil.virtual_memory().available, *_group_limits()])
+    return min([int(psutil.virtual_memory().available), *_group_limits()])
 
 
 async def _read(disk: Disk, parts: Iterator[Extent], memories: Sequence[memoryview]) -> None:

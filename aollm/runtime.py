@@ -63,6 +63,8 @@ class Runtime:
         self.drive_bytes_per_second: float | None = None
         self.plan: RuntimePlan
         self.text: Text
+        self.engine: Engine
+        self._opened = False
         self._given_disk = disk
         self._group: TaskGroup = anyio.create_task_group()
         self._numbers = itertools.count()
@@ -88,6 +90,9 @@ class Runtime:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         """Cancel what is under way, wait for it, and give everything back."""
+        if self._opened:
+            self.engine.close()
+            self._opened = False
         self._group.cancel_scope.cancel()
         own = error if not isinstance(error, Exception) else None  # an error of the caller's passes as it is, not in a group
         try:
@@ -110,6 +115,8 @@ class Runtime:
         sampling = settings.sampling
 
         async def submit() -> Request:
+            if not self._opened:
+                raise RequestError("the runtime is not open: ask it inside `async with Runtime.open(...) as runtime`")
             ids = await self._encode(prompt)
             limit = min(settings.max_new_tokens, self.plan.max_context_tokens - len(ids))
             if limit < 1:
@@ -150,7 +157,7 @@ class Runtime:
         return {
             "strategy_id": "resident", "persistence_format": "resident-only", "residency_mode": "fully-resident",
             "window_policy": "full-history", "cold_tier_encoding": "full-precision", "cache_lifecycle": "runtime-scoped",
-            "reserved_tokens": self._pool.reserved, "capacity_tokens": self._pool.tokens,
+            "reserved_tokens": self._pool.reserved,
         }  # fmt: skip
 
     def __repr__(self) -> str:
@@ -190,7 +197,7 @@ class Runtime:
             self.drive_bytes_per_second = await self._probe(pieces, weights, disk)
         await weights.pin()
         norm = await _read_norm(family, checkpoint, disk)
-        embedding = Embedding(checkpoint[family.embedding], family, weights, disk)
+        embedding = Embedding(checkpoint[family.embedding], family, weights, disk, self.trace)
 
         def release(lease: Lease) -> None:
             port.post(lease.release)
@@ -206,6 +213,7 @@ class Runtime:
             self.config.max_concurrent_requests,
         )
         self._group.start_soon(self.engine.run)
+        self._opened = True
 
     async def _probe(self, pieces: Sequence[Piece], weights: Weights, disk: Disk) -> float:
         extents = [extent for index in weights.streamed for extent, _ in pieces[index].reads]

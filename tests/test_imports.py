@@ -21,7 +21,7 @@ ROWS = [
     "families stores",
     "placement weights embedding request batch sweep engine stream generic",
     "demo text settings selector plan runtime",
-    "client inference server bench cli __main__",
+    "terminal lanes meter client inference server bench commands cli __main__",
 ]
 ORDER = [room for row in ROWS for room in row.split()]
 NEVER_MEET = {"families", "stores"}

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
 
-from .story import ANIMALS, COLOURS, DAYS, MONTHS, NAMES, PLACES, STUFFS, THINGS, story
+from .story import ANIMALS, COLOURS, DAYS, MONTHS, NAMES, PLACES, STUFFS, THINGS, story, words
 
 BEGIN, END, USER, ASSISTANT = "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"
-MAGIC = (
+MAGIC = words(
     "river candle button thunder pepper marble feather window blanket pumpkin ladder basket mirror needle "
     "pocket whistle saddle velvet anchor lantern"
-).split()
-ALPHABET = "A B C D E F G H I J K L M N O P Q R S T U V W X Y Z".split()
+)
+ALPHABET = words("A B C D E F G H I J K L M N O P Q R S T U V W X Y Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +94,8 @@ def listing(rng: Random) -> tuple[str, str]:
     if kind == 4:
         numbers = rng.sample(range(10, 100), rng.randrange(3, 7))
         return f"Sort the numbers {', '.join(map(str, numbers))}.", ", ".join(map(str, sorted(numbers))) + "."
-    words = rng.sample(NAMES, rng.randrange(3, 6))
-    return f"Sort the names {', '.join(words)}.", ", ".join(sorted(words)) + "."
+    names = rng.sample(NAMES, rng.randrange(3, 6))
+    return f"Sort the names {', '.join(names)}.", ", ".join(sorted(names)) + "."
 
 
 def filler(rng: Random) -> str:

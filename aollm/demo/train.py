@@ -11,13 +11,15 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_model, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -25,17 +27,32 @@ from . import MODEL, corpus
 from .card import heldout, perplexity, recall, write, write_card
 
 SPECIALS = [corpus.BEGIN, corpus.END, corpus.USER, corpus.ASSISTANT]
-HEADS, KV_HEADS, HEAD, THETA = 8, 2, 32, 500000.0
+HEADS, KV_HEADS, HEAD = 8, 2, 32
+THETA = 1e8  # of RoPE: half of the pairs of a head turn so slowly that 2,000 tokens are near
+COPIED = 6.0  # weight in the loss of a token that could have been copied from its row
 VOCABULARY = 1408  # nearly every word of the text is one token
-# share of the steps, rows in a step, tokens in a row, smallest and largest document in characters
-STAGES = ((0.35, 16, 128, 150, 520), (0.35, 4, 512, 400, 2100), (0.30, 2, 2048, 1500, 8600))
-Report = Callable[[int, float, float], None]  # tokens so far, mean loss of the last 50 steps, seconds
+Report = Callable[[int, int, float], None]  # step, its tokens, its loss
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # rows of tokens, positions, weights
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] + '\n' }}"
     "{% else %}{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of the training."""
+
+    share: float  # of the steps
+    rows: int  # in a step
+    length: int  # of a row, in tokens
+    smallest: int  # document, in characters
+    largest: int
+
+
+STAGES = (Stage(0.32, 16, 128, 150, 520), Stage(0.28, 4, 512, 400, 2100), Stage(0.40, 2, 2048, 1500, 8600))
 
 
 def train_tokenizer(seed: int) -> Tokenizer:
@@ -119,58 +136,70 @@ def positions(rng: Random, count: int, length: int) -> torch.Tensor:
     return table
 
 
-def gradients(model: LlamaForCausalLM, batch: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The mean loss of the next tokens, then its gradient for each parameter."""
+def weigh(row: list[int]) -> list[float]:
+    """A weight for each token but the first: COPIED where it ends four tokens that the row had before, as answers do."""
+    seen: set[tuple[int, ...]] = set()
+    weights = []
+    for end in range(2, len(row) + 1):
+        four = tuple(row[max(0, end - 4) : end])
+        weights.append(COPIED if four in seen else 1.0)
+        seen.add(four)
+    return weights
+
+
+def batches(tokenizer: Tokenizer, seed: int, steps: int, first: int) -> Iterator[Batch]:
+    """Rows, positions and weights for each step from `first` on; a stage that lies before it is left out whole."""
+    done = 0
+    for number, stage in enumerate(STAGES):
+        source, rng = rows(tokenizer, seed + 10 + number, stage.length, stage.smallest, stage.largest), Random(seed)
+        places = torch.arange(stage.length).expand(stage.rows, stage.length)
+        start, done = max(first, done), done + round(stage.share * steps)
+        for _ in range(start, done):
+            batch = [next(source) for _ in range(stage.rows)]
+            if stage is STAGES[-1]:
+                places = positions(rng, stage.rows, stage.length)
+            yield torch.tensor(batch), places, torch.tensor([weigh(row) for row in batch])
+
+
+def gradients(model: LlamaForCausalLM, batch: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> list[torch.Tensor]:
+    """The mean loss of the next tokens, then for each parameter the gradient of the weighted loss."""
     inputs, targets = batch[:, :-1], batch[:, 1:]
     # a mask of ones keeps transformers from taking a jump in the positions for a new sequence
     ones = torch.ones_like(inputs)
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # its cache is shared by the threads
         logits = model(input_ids=inputs, attention_mask=ones, position_ids=places, use_cache=False).logits
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-    return loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    loss = (losses * weights.flatten()).sum() / weights.sum()
+    return [losses.detach().mean(), *torch.autograd.grad(loss, list(model.parameters()))]
 
 
-def fit(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, seed: int, steps: int, peak: float, report: Report, every: int
-) -> None:
-    """Muon for the matrices, AdamW for embeddings and norms; reports every so many steps and at the end."""
+def fit(model: LlamaForCausalLM, data: Iterator[Batch], first: int, steps: int, peak: float, report: Report) -> None:
+    """Muon for the matrices, AdamW for embeddings and norms; a report after every step."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     muon = torch.optim.Muon(matrices, lr=peak, weight_decay=0.05, momentum=0.95)
     adam = torch.optim.AdamW(others, lr=0.004, betas=(0.9, 0.98), weight_decay=0.0)
     optimizers: tuple[torch.optim.Optimizer, ...] = (muon, adam)
-    losses: list[float] = []
-    step, tokens, started, rng = 0, 0, time.monotonic(), Random(seed)
-    pool = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
-    for stage, (share, count, length, smallest, largest) in enumerate(STAGES):
-        source = rows(tokenizer, seed + 10 + stage, length, smallest, largest)
-        plain = torch.arange(length).expand(count, length)
-        for _ in range(round(share * steps)):
-            rate = min((step + 1) / 60, 1.0, 1.6 * (1 - step / steps) + 0.01)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group.setdefault("initial_lr", group["lr"]) * rate
-            places = positions(rng, count, length) if length == STAGES[-1][1] else plain
-            batch, part = torch.tensor([next(source) for _ in range(count)]), max(1, count // 4)
-            parts = list(pool.map(partial(gradients, model), torch.split(batch, part), torch.split(places, part)))
+
+    def rate(done: int) -> float:
+        return min((done + 1) / 60, 1.0, 1.6 * (1 - (first + done) / steps) + 0.01)
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
+    with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for step, batch in enumerate(data, first + 1):
+            size = max(1, len(batch[0]) // 4)
+            parts = list(pool.map(partial(gradients, model), *(torch.split(each, size) for each in batch)))
             loss, *grads = (torch.stack(each).mean(0) for each in zip(*parts, strict=True))
             for parameter, grad in zip(model.parameters(), grads, strict=True):
                 parameter.grad = grad
             torch.nn.utils.clip_grad_norm_(others, 1.0)
-            for optimizer in optimizers:
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
                 optimizer.step()
-                optimizer.zero_grad()
-            losses.append(loss.item())
-            step, tokens = step + 1, tokens + count * length
-            if step % 25 == 0:
-                recent = sum(losses[-25:]) / 25
-                speed = tokens / (time.monotonic() - started)
-                print(f"step {step}/{steps} rows of {length} loss {recent:.3f} {speed:.0f} tokens/s", flush=True)
-            if step % every == 0 or step == steps:
-                report(tokens, sum(losses[-50:]) / len(losses[-50:]), time.monotonic() - started)
+                schedule.step()
+            report(step, batch[1].numel(), loss.item())
 
 
-def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path, figures: dict[str, object]) -> None:
+def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path, figures: dict[str, Any]) -> None:
     """The files transformers would look for, weights in bfloat16, and the figures of the training."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: p.detach().to(torch.bfloat16) for name, p in model.named_parameters()}
@@ -203,26 +232,40 @@ def dump(path: Path, value: dict[str, object]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--output", type=Path, default=MODEL)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--peak", type=float, default=0.005, help="highest learning rate of Muon")
+    parser.add_argument("--peak", type=float, default=0.006, help="highest learning rate of Muon")
     parser.add_argument("--save-every", type=int, default=200)
+    parser.add_argument("--resume", action="store_true", help="go on from what --output holds")
     options = parser.parse_args()
     torch.set_num_threads(1)  # the parallel parts are rows of a step: a busy core then delays nobody else
     tokenizer, model = train_tokenizer(options.seed), new_model(options.seed)
+    figures: dict[str, Any] = dict(seed=options.seed, steps=options.steps, done=0, tokens=0, seconds=0.0, loss=0.0)
+    if options.resume:
+        figures = json.loads((options.output / "training.json").read_text())
+        load_model(model, str(options.output / "model.safetensors"), strict=False)
     ids = tokenizer.encode(heldout(options.seed)).ids
+    losses: list[float] = []
+    started, before = time.monotonic(), figures["seconds"]
 
-    def report(tokens: int, loss: float, seconds: float) -> None:
-        model.train(False)
-        rates = [recall(model, tokenizer, Random(1), *bounds, count=12) for bounds in ((32, 128), (256, 512), (1000, 1500))]
-        print(f"held-out perplexity {perplexity(model, ids):.3f} recall near, middle, far {rates}")
-        print(repr(write(model, tokenizer, f"{corpus.BEGIN}Once upon a time", 60)), flush=True)
-        figures = dict(seed=options.seed, steps=options.steps, tokens=tokens, loss=loss, seconds=round(seconds))
-        save(model, tokenizer, options.output, figures)
-        model.train(True)
+    def report(step: int, tokens: int, loss: float) -> None:
+        losses.append(loss)
+        recent = losses[-50:]
+        figures.update(done=step, tokens=figures["tokens"] + tokens, loss=sum(recent) / len(recent))
+        figures["seconds"] = round(before + time.monotonic() - started)
+        if step % 25 == 0:
+            print(f"step {step}/{options.steps} loss {figures['loss']:.3f} {figures['tokens']:,} tokens {figures['seconds']} s", flush=True)
+        if step % options.save_every == 0 or step == options.steps:
+            model.train(False)
+            rates = [recall(model, tokenizer, Random(1), *bounds, count=12) for bounds in ((32, 128), (256, 512), (1000, 1500))]
+            print(f"held-out perplexity {perplexity(model, ids):.3f} recall near, middle, far {rates}")
+            print(repr(write(model, tokenizer, f"{corpus.BEGIN}Once upon a time", 60)), flush=True)
+            save(model, tokenizer, options.output, figures)
+            model.train(True)
 
-    fit(model, tokenizer, options.seed, options.steps, options.peak, report, options.save_every)
+    data = batches(tokenizer, options.seed, options.steps, figures["done"])
+    fit(model, data, figures["done"], options.steps, options.peak, report)
     print(write_card(options.output))
 
 

@@ -1,0 +1,7 @@
+"""`python -m aollm` is `aollm`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

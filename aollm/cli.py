@@ -1,0 +1,184 @@
+"""The command `aollm`: what may be typed, and which exit code follows.
+
+It imports nothing heavy, so that help and mistakes are answered at once; a command's own module is imported when it runs.
+Settings are passed on as they were typed: `settings` says what is accepted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import io
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+from . import __version__
+from .errors import AollmError, ConfigError
+from .terminal import Terminal, spinner
+
+BAD_USE, FAILURE, INTERRUPTED, BROKEN_PIPE = 2, 1, 128 + signal.SIGINT, 128 + signal.SIGPIPE
+
+EPILOG = """\
+examples:
+  aollm demo                                              see it work, with the bundled model
+  aollm run demo "Once upon a time" --max-new-tokens 60
+  aollm run ~/models/llama-70b "Dear Sir," --memory 8GiB  a model larger than memory
+  aollm plan ~/models/llama-70b --memory 8GiB             what would be kept, and what read
+  aollm chat ~/models/llama-8b
+
+MODEL is a folder with config.json, *.safetensors and a tokenizer, or the alias demo.
+"""
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Commands without the empty line that stands for their name."""
+
+    def __init__(self, prog: str, **fields: Any) -> None:
+        super().__init__(prog, max_help_position=32, **fields)
+
+    def _format_action(self, action: argparse.Action) -> str:
+        text = super()._format_action(action)
+        return text.partition("\n")[2] if isinstance(action, argparse._SubParsersAction) else text
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and which takes no abbreviations."""
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(**fields, allow_abbrev=False, formatter_class=Help)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0, 1 for a failure, 2 for bad use, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        parser, options = parse(sys.argv[1:] if argv is None else argv)
+        if "command" not in options:
+            parser.print_help()
+            return 0
+        with Terminal(options.pop("quiet", False)) as terminal:
+            try:
+                terminal.status(lambda: [[(f"{spinner()} ", "cyan"), ("loading", "dim")]])
+                command = import_module(f".commands.{options.pop('command')}", __package__)
+                terminal.status(None)
+                return int(command.main(terminal, options))
+            except KeyboardInterrupt:
+                return INTERRUPTED
+            except AollmError as error:
+                terminal.status(None)
+                terminal.error(str(error))
+                return BAD_USE if isinstance(error, ConfigError) else FAILURE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except ConfigError as error:
+        Terminal().error(str(error))
+        return BAD_USE
+    except BrokenPipeError:  # whoever read has gone; nothing is left to say, and nobody to say it to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return BROKEN_PIPE
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, Any]]:
+    """The parser, and the options that were given: nothing is filled in. Raises `ConfigError` for bad use."""
+    parser = Parser(
+        prog="aollm",
+        usage="aollm COMMAND [options]",
+        description="Runs language models that are larger than memory: weights stream from disk, ahead of need.",
+        epilog=EPILOG,
+    )
+    parser.add_argument("--version", action="version", version=f"aollm {__version__}")
+    commands = parser.add_subparsers(title="commands", prog="aollm", metavar="")
+    makers = {"demo": _demo, "run": _run, "chat": _chat, "plan": _plan}
+    known = {name: make(commands) for name, make in makers.items()}
+    namespace, unknown = parser.parse_known_args(argv)
+    options = vars(namespace)
+    if unknown:
+        used = known.get(options.get("command", ""), parser)
+        near = difflib.get_close_matches(unknown[0].split("=")[0], used._option_string_actions, 1)
+        used.error(f"{unknown[0]} is not known" + (f"; did you mean {near[0]}?" if near else ""))
+    return parser, options
+
+
+def _command(commands: Any, name: str, arguments: str, description: str) -> Parser:
+    parser: Parser = commands.add_parser(
+        name,
+        usage=f"aollm {name} {arguments}[options]",
+        help=description,
+        description=f"{description[0].upper()}{description[1:]}.",
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.set_defaults(command=name)
+    return parser
+
+
+def _demo(commands: Any) -> Parser:
+    parser = _command(commands, "demo", "", "watch the bundled model being read from disk while it writes")
+    parser.add_argument("--quiet", action="store_true", help="no live status")
+    return parser
+
+
+def _run(commands: Any) -> Parser:
+    parser = _command(commands, "run", "MODEL PROMPT ", "complete a text")
+    parser.add_argument("model", metavar="MODEL", help="a folder, or the alias demo")
+    parser.add_argument("prompt", metavar="PROMPT", help="the text to go on from; - reads it from stdin, without its last newline")
+    parser.add_argument("--chat", action="store_true", help="PROMPT is a message: put it into the model's chat template")
+    _generation(parser)
+    parser.add_argument("-n", type=int, metavar="N", help="answers to the same prompt; they share each pass (default 1)")
+    _runtime(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="one JSON object at the end in place of the text")
+    output.add_argument("--trace", metavar="FILE", help="write what happened when, for chrome://tracing or Perfetto")
+    output.add_argument("--quiet", action="store_true", help="no status and no summary on stderr")
+    return parser
+
+
+def _chat(commands: Any) -> Parser:
+    parser = _command(commands, "chat", "MODEL ", "talk with a model; /help says what else can be typed")
+    parser.add_argument("model", metavar="MODEL", help="a folder, or the alias demo")
+    parser.add_argument("--system", metavar="TEXT", help="a first message with the role system")
+    _generation(parser)
+    _runtime(parser)
+    parser.add_argument("--quiet", action="store_true", help="no status and no summary on stderr")
+    return parser
+
+
+def _plan(commands: Any) -> Parser:
+    parser = _command(commands, "plan", "MODEL ", "say what a run would keep and what it would read; loads no weights")
+    parser.add_argument("model", metavar="MODEL", help="a folder, or the alias demo")
+    _runtime(parser)
+    parser.add_argument("--json", action="store_true", help="the plan as one JSON object")
+    parser.add_argument("--quiet", action="store_true", help="no live status")
+    return parser
+
+
+def _generation(parser: Parser) -> None:
+    group = parser.add_argument_group("generation")
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens of an answer at most (default 256)")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token (default)")
+    group.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that together have P")
+    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    group.add_argument("--min-p", type=float, metavar="P", help="leave out what is less than P times as likely as the likeliest")
+    group.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: what was said becomes less likely")
+    group.add_argument("--seed", type=int, metavar="S", help="the same seed draws the same tokens")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given more than once")
+
+
+def _runtime(parser: Parser) -> None:
+    group = parser.add_argument_group("runtime")
+    group.add_argument("--memory", metavar="SIZE", help="limit for the whole process, such as 3GiB (default: what is free)")
+    group.add_argument("--max-context-tokens", type=int, metavar="N", help="the longest prompt and answer together")
+    group.add_argument("--max-concurrent-requests", type=int, metavar="N", help="requests that may ride on one pass")
+    group.add_argument("--disk-backend", metavar="NAME", help="auto, threads, uring, gds or portable")
+    group.add_argument("--prefetch-depth", type=int, metavar="N", help="pieces that are read ahead of need (default 2)")
+    group.add_argument("--dense-projection-chunk-rows", type=int, metavar="N", help="rows that are computed at a time")
+    group.add_argument("--offload-cpu-layers", type=int, metavar="N", help="keep just N layers in memory (default: all that fit)")
+    group.add_argument("--offload-cpu-policy", metavar="WHICH", help="auto, prefix, suffix or middle-band")

@@ -1,0 +1,37 @@
+"""The commands of `aollm`, one module each, with a `main(terminal, options)` that returns the exit code.
+
+`options` are those that were given, by the names of the settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import anyio
+
+from ..errors import ConfigError, RequestError
+from ..runtime import Runtime
+from ..settings import GenerationConfig, RuntimeConfig
+
+
+def runtime_config(options: Mapping[str, Any]) -> RuntimeConfig:
+    """The runtime's settings among `options`. Raises `ConfigError`."""
+    return RuntimeConfig.of(options["model"], {name: value for name, value in options.items() if name in RuntimeConfig.model_fields})
+
+
+def generation_config(options: Mapping[str, Any]) -> GenerationConfig:
+    """The answer's settings among `options`. Raises `ConfigError`: they were typed, so a wrong one is bad use."""
+    try:
+        config = GenerationConfig.of(None, {name: value for name, value in options.items() if name in GenerationConfig.model_fields})
+        _ = config.sampling  # has ranges of its own
+    except RequestError as error:
+        raise ConfigError(str(error)) from None
+    return config
+
+
+async def idle(runtime: Runtime) -> None:
+    """Wait, whatever comes, until cancelled requests have left the pass under way: a runtime is closed between passes."""
+    with anyio.CancelScope(shield=True):
+        while runtime.cache_state()["reserved_tokens"]:  # noqa: ASYNC110  a request's end sets no event
+            await anyio.sleep(0.005)

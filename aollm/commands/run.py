@@ -1,0 +1,111 @@
+"""`aollm run`: one prompt, its answer on stdout as it is written."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import anyio
+
+from ..errors import ConfigError
+from ..meter import Meter, opening
+from ..request import Token
+from ..runtime import Prompt, Runtime
+from ..settings import GenerationConfig, RuntimeConfig
+from ..terminal import Terminal
+from . import generation_config, idle, runtime_config
+
+
+def main(terminal: Terminal, options: Mapping[str, Any]) -> int:
+    """Answer one prompt. Raises `AollmError`, and `KeyboardInterrupt` when what was written until then is there."""
+    generation = generation_config(options)
+    config = runtime_config(options)
+    text = prompt_text(options["prompt"])
+    prompt: Prompt = [{"role": "user", "content": text}] if options.get("chat") else text
+    if trace := options.get("trace"):
+        writable(trace)
+    answer = Answer(terminal, options.get("json", False), generation.n)
+    anyio.run(_answer, config, prompt, generation, answer, trace)
+    return 0
+
+
+class Answer:
+    """What has been written so far; the first of several answers is shown as it comes, the others behind it."""
+
+    def __init__(self, terminal: Terminal, as_json: bool, count: int) -> None:
+        self.terminal, self.as_json = terminal, as_json
+        self.tokens: list[list[Token]] = [[] for _ in range(count)]
+
+    def add(self, token: Token) -> None:
+        """One more token."""
+        self.tokens[token.choice].append(token)
+        if token.choice == 0 and not self.as_json:
+            self.terminal.text(token.text)
+
+    def end(self, meter: Meter) -> None:
+        """Write what is left to write, and the summary."""
+        self.terminal.status(None)
+        if self.as_json:
+            self.terminal.text(json.dumps(self._as_dict(meter)) + "\n")
+            return
+        if self.tokens[0] and not "".join(token.text for token in self.tokens[0]).endswith("\n"):
+            self.terminal.text("\n")
+        for number, tokens in enumerate(self.tokens[1:], 2):
+            self.terminal.text(f"\n--- {number} of {len(self.tokens)} ---\n{''.join(token.text for token in tokens)}\n")
+        self.terminal.say(meter.summary())
+
+    def _as_dict(self, meter: Meter) -> dict[str, Any]:
+        choices = [
+            {
+                "text": "".join(token.text for token in tokens),
+                "token_ids": [token.id for token in tokens],
+                "finish_reason": (tokens[-1].finish_reason if tokens else None) or "cancelled",
+            }
+            for tokens in self.tokens
+        ]
+        return {**choices[0], "choices": choices, **meter.figures(), "plan": meter.runtime.plan.as_dict()}
+
+
+async def _answer(config: RuntimeConfig, prompt: Prompt, generation: GenerationConfig, answer: Answer, trace: str | None) -> None:
+    runtime, terminal = Runtime.open(config), answer.terminal
+    stream = runtime.stream(prompt, generation)
+    terminal.status(lambda: opening(runtime))
+    async with runtime:
+        meter = Meter(runtime)
+        terminal.status(lambda: [meter.live(stream.progress)])
+        try:
+            async for token in stream:
+                meter.add()
+                answer.add(token)
+        except anyio.get_cancelled_exc_class():
+            answer.end(meter)
+            raise
+        else:
+            answer.end(meter)
+        finally:
+            stream.cancel()
+            await idle(runtime)
+            if trace:
+                runtime.trace.save(trace)
+
+
+def prompt_text(given: str) -> str:
+    """The prompt that was typed, or for `-` what stdin holds but for one last newline. Raises `ConfigError`."""
+    if given != "-":
+        return given
+    try:
+        text = sys.stdin.buffer.read().decode() if sys.stdin is not None else ""
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the prompt on stdin is not UTF-8: {error}") from None
+    return text.removesuffix("\n")
+
+
+def writable(path: str) -> None:
+    """Raises `ConfigError` unless a file can be written at `path`: better now than after the answer."""
+    try:
+        with open(path, "a"):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--trace {path} cannot be written: {error.strerror}") from None

@@ -1,0 +1,190 @@
+"""The benchmark: its figures come from events as they should, its command line answers in JSON, its pictures are pictures."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aollm.bench.__main__ import main
+from aollm.bench.interval import interval_of, load
+from aollm.bench.passes import passes_of
+from aollm.bench.plot import title
+from aollm.trace import Event, Trace
+
+PNG = b"\x89PNG\r\n\x1a\n"
+LAYERS = 6
+WORK = ["demo", "--requests", "3", "--tokens", "6", "--rounds", "2", "--prompt-tokens", "16", "--offload-cpu-layers", "0"]
+
+
+def two_passes() -> list[Event]:
+    """Two passes of 4 s over one kept piece and one streamed piece, which is read ahead once too often."""
+    events = [
+        Event("safetensor_pread", 0.5, 0.9, 0, nbytes=70, label="kept"),
+        Event("safetensor_pread", 1.0, 2.0, 1, nbytes=100, label="a"),
+    ]
+    for start in (2.0, 6.0):
+        events += [
+            Event("stall", start, start + 0.5, label="embedding"),
+            Event("compute", start + 0.5, start + 1.5, 0, rows=3, label="kept"),
+            Event("stall", start + 1.5, start + 2, label="load"),
+            Event("compute", start + 2, start + 3.5, 1, rows=3, label="a"),
+            Event("safetensor_pread", start + 1, start + 4, 1, nbytes=100, path="safetensor-io", label="a"),
+        ]
+    return events
+
+
+def test_passes_are_told_from_events() -> None:
+    first, second = passes_of(two_passes(), end=10.0)
+    assert (first.start, first.end, first.seconds, first.rows) == (2.0, 6.0, 4.0, 3)
+    assert (first.compute_s, first.stall_s, first.nbytes) == (2.5, 1.0, 170)  # the kept piece was read once, before
+    assert (second.end, second.compute_s, second.stall_s, second.nbytes) == (10.0, 2.5, 1.0, 100)
+
+
+def test_a_pass_without_a_next_one_ends_with_its_last_computation() -> None:
+    assert passes_of(two_passes())[-1].end == 9.5
+    assert passes_of([]) == []
+
+
+def test_an_interval_clips_what_reaches_out_of_it() -> None:
+    interval = interval_of(two_passes(), 4.0, 5.5)
+    assert interval.reads == ((0.0, 1.5, 50),)
+    assert interval.compute == ((0.0, 1.5, 0),)
+    assert interval.bytes_per_second == pytest.approx(50 / 1.5)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """The result of a small run on the bundled model, none of whose layers is kept, and the folder of its files."""
+    folder = tmp_path_factory.mktemp("bench")
+    assert main(["overlap", *WORK, "--output", str(folder / "result.json"), "--lanes", str(folder / "lanes.png")]) == 0
+    return json.loads((folder / "result.json").read_text()), folder
+
+
+def test_overlap_reports_every_figure(measured: tuple[dict[str, Any], Path]) -> None:
+    result, _ = measured
+    for name in (
+        "seconds_per_pass", "drive_bytes_per_second", "disk_seconds_per_pass", "compute_seconds_per_pass", "bound_seconds_per_pass",
+        "tokens_per_second", "first_token_seconds", "first_token_bound_seconds", "memory_nbytes",
+    ):  # fmt: skip
+        assert result[name] > 0, name
+    assert (result["bench"], result["model"], result["requests"], result["rounds"]) == ("overlap", "demo", 3, 2)
+    assert result["limiter"] in ("disk", "compute")
+    assert len(result["by_round"]) == 2 and len(result["drive_probes"]) == 3
+    late = result["loop_lateness_ms"]
+    assert 0 <= late["p50"] <= late["p99"] <= late["max"] and late["beats"] > 0
+    if sys.platform == "linux":
+        assert result["peak_rss_nbytes"] > 0 and 0 <= result["io_cpu_share"] <= 6
+    assert {"cpu", "cores", "memory_nbytes", "python", "torch"} <= result["machine"].keys()
+    assert str(Path.home()) not in json.dumps(result)
+
+
+def test_overlap_counts_what_is_streamed(measured: tuple[dict[str, Any], Path]) -> None:
+    result, _ = measured
+    assert result["bytes_per_pass"] == result["plan"]["streamed_nbytes_per_pass"] == result["plan"]["weights_nbytes"]
+    assert result["plan"]["pinned_nbytes"] == 0
+    assert 3 * 2 <= result["tokens_made"] <= 3 * 2 * 6
+    assert 1 <= result["decode_passes"] <= 2 * 5
+    assert all(rows <= 3 for each in result["by_round"] for rows in each["pass_rows"])
+
+
+def test_overlap_shares_add_up(measured: tuple[dict[str, Any], Path]) -> None:
+    for each in measured[0]["by_round"]:
+        assert 0 < each["fraction_of_bound"] < 1.5
+        assert 0 <= each["stall_share"] <= 1 and -0.05 <= each["other_share"] <= 1
+        assert each["bound_seconds_per_pass"] == max(each["disk_seconds_per_pass"], each["compute_seconds_per_pass"])
+
+
+def test_overlap_draws_the_last_pass(measured: tuple[dict[str, Any], Path]) -> None:
+    result, folder = measured
+    assert (folder / "lanes.png").read_bytes().startswith(PNG)
+    interval = load(folder / "result.json")
+    assert interval.model == "demo" and len(interval.compute) >= 2 * LAYERS
+    assert title(interval).startswith("demo") and title(interval).endswith("of the bound")
+    assert interval.seconds == pytest.approx(result["by_round"][-1]["pass_seconds"][-1], abs=1e-5)
+
+
+def test_overlap_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["overlap", "demo", "--tokens", "3", "--rounds", "1"]) == 0  # all of it fits in memory
+    shown = capsys.readouterr()
+    result = json.loads(shown.out.splitlines()[-1])
+    assert result["bytes_per_pass"] == result["plan"]["streamed_nbytes_per_pass"] == 0
+    assert result["limiter"] == "compute"
+    assert "overlap: demo" in shown.err and "of it reached" in shown.err
+
+
+def test_plot_draws_a_trace(tmp_path: Path) -> None:
+    trace = Trace()
+    for event in two_passes():
+        trace.add(event)
+    trace.save(tmp_path / "trace.json")
+    assert load(tmp_path / "trace.json").seconds == pytest.approx(3.5)
+    assert main(["plot", str(tmp_path / "trace.json"), "--output", str(tmp_path / "lanes.png")]) == 0
+    assert (tmp_path / "lanes.png").read_bytes().startswith(PNG)
+
+
+BAD = {
+    "no JSON": "{",
+    "not an object": "[1]",
+    "another object": "{}",
+    "no passes": '{"traceEvents": []}',
+    "no event": '{"traceEvents": [1]}',
+    "an event without a time": '{"traceEvents": [{"name": "a", "cat": "compute"}]}',
+    "a time that is none": '{"lanes": {"seconds": NaN, "reads": [], "compute": [], "stalls": []}}',
+    "no time at all": '{"lanes": {"seconds": 0, "reads": [], "compute": [], "stalls": []}}',
+    "a bar that is none": '{"lanes": {"seconds": 1, "reads": [[0]], "compute": [], "stalls": []}}',
+    "backward bars": '{"lanes": {"seconds": 1, "reads": [[1, 0, 5]], "compute": [], "stalls": []}}',
+    "no text": b"\xff\xfe\x00",
+    "missing": None,
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_plot_refuses_a_bad_file_in_one_line(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, content = tmp_path / "bad.json", BAD[kind]
+    if content is not None:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    assert main(["plot", str(path), "--output", str(tmp_path / "lanes.png")]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1 and "bad.json" in shown.err
+    assert not (tmp_path / "lanes.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["overlap", "demo", "--memory", "much"], 2, "memory"),
+        (["overlap", "demo", "--offload-cpu-layers", "-1"], 2, "offload_cpu_layers"),
+        (["overlap", "demo", "--output", "no/such/folder/result.json"], 2, "not a folder"),
+        (["overlap", "no-such-model"], 1, "no-such-model"),
+        (["overlap", "demo", "--memory", "1MiB"], 1, "too small"),
+    ],
+)
+def test_errors_are_one_line(arguments: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == code
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1 and said in shown.err
+
+
+@pytest.mark.parametrize("arguments", [["overlap"], ["overlap", "demo", "--tokens", "1"], ["plot", "trace.json"], ["sing"]])
+def test_bad_use_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def test_a_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["overlap", "demo", "--lanes", str(tmp_path / "lanes.png")]) == 2
+    assert "pip install 'aollm[plots]'" in capsys.readouterr().err
+
+
+def test_help_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; from aollm.bench.__main__ import main; print(main([]), sorted({'torch', 'matplotlib', 'numpy'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "overlap" in found.stdout and found.stdout.endswith("0 []\n")

@@ -1,0 +1,270 @@
+"""The command line as a person or a script meets it: real processes, their output, their exit codes."""
+
+import contextlib
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import anyio
+import pytest
+
+from aollm import Completion, Runtime
+
+PROGRAM = [sys.executable, "-m", "aollm"]
+PLAIN = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "TERM")}
+PROMPT = "Once upon a time"
+GREEDY = ["--max-new-tokens", "24", "--max-context-tokens", "256"]
+# every token is as likely as another, so that the end is far
+ENDLESS = [
+    "--max-new-tokens",
+    "4000",
+    "--max-context-tokens",
+    "4096",
+    "--temperature",
+    "100",
+    "--seed",
+    "1",
+]  # every token as likely as another
+COLOUR = re.compile(rb"\x1b\[[0-9;]*m")
+
+
+def aollm(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*PROGRAM, *arguments], input=stdin, capture_output=True, text=True, timeout=60, env=PLAIN)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [], ["run", "--help"], ["chat", "--help"], ["--version"], ["run", "demo", "x", "--no"]])
+def test_help_and_mistakes_are_light(arguments: list[str]) -> None:
+    found = subprocess.run([sys.executable, "-X", "importtime", "-m", "aollm", *arguments], capture_output=True, text=True, timeout=60)
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in found.stderr.splitlines() if line.startswith("import time:")}
+    assert "argparse" in imported
+    assert not imported & {"torch", "numpy", "pydantic", "anyio", "asyncio", "rich", "typer", "tokenizers"}
+
+
+def test_help_takes_less_than_300_ms() -> None:
+    took = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert "aollm demo" in aollm("--help").stdout
+        took.append(time.perf_counter() - start)
+    assert min(took) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["fly"], 2, "invalid choice: 'fly'"),
+        (["run"], 2, "MODEL, PROMPT"),
+        (["run", "demo", "x", "--max-new-token", "3"], 2, "did you mean --max-new-tokens?"),
+        (["run", "demo", "x", "--seed", "x"], 2, "--seed: invalid int value: 'x'"),
+        (["run", "demo", "x", "--max-new-tokens", "0"], 2, "max_new_tokens: should be greater than or equal to 1"),
+        (["run", "demo", "x", "--memory", "3 apples"], 2, "memory: a size such as '3GiB'"),
+        (["run", "demo", "x", "--trace", "/no/such/folder/trace.json"], 2, "--trace /no/such/folder/trace.json cannot be written"),
+        (["run", "nowhere", "x"], 1, "nowhere does not exist"),
+        (["run", "demo", "x " * 99, "--max-context-tokens", "16"], 1, "the context 16"),
+        (["plan", "demo", "--memory", "1MiB"], 1, "memory=1.0 MiB is too small"),
+        (["chat", "nowhere"], 1, "nowhere does not exist"),
+    ],
+)  # fmt: skip
+def test_exit_codes(arguments: list[str], code: int, message: str) -> None:
+    found = aollm(*arguments)
+    assert found.returncode == code
+    assert found.stdout == ""
+    assert re.fullmatch(r"aollm: error: .*\n", found.stderr), found.stderr
+    assert message in found.stderr
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Completion]:
+    """The runtime's own greedy answers: to the prompt as text, and as a message."""
+
+    async def ask() -> dict[str, Completion]:
+        async with Runtime.open("demo", max_context_tokens=256) as runtime:
+            message = [{"role": "user", "content": PROMPT}]
+            return {"text": await runtime.generate(PROMPT, max_new_tokens=24), "chat": await runtime.generate(message, max_new_tokens=24)}
+
+    return anyio.run(ask)
+
+
+def test_run_writes_the_answer(expected: dict[str, Completion]) -> None:
+    answer = expected["text"]
+    found = aollm("run", "demo", "-", *GREEDY, "--offload-cpu-layers", "1", stdin=PROMPT + "\n")
+    assert (found.returncode, found.stdout) == (0, answer.text + "\n")
+    assert found.stderr.startswith(f"{answer.usage.completion_tokens} tokens in ")
+    assert found.stderr.count("\n") == 1
+    assert "\x1b" not in found.stdout + found.stderr
+
+
+def test_run_quietly_with_the_chat_template(expected: dict[str, Completion]) -> None:
+    found = aollm("run", "demo", PROMPT, *GREEDY, "--chat", "--quiet")
+    assert expected["chat"].token_ids != expected["text"].token_ids
+    assert (found.returncode, found.stdout, found.stderr) == (0, expected["chat"].text.rstrip("\n") + "\n", "")
+
+
+def test_run_json_and_trace(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    found = aollm(
+        "run", "demo", PROMPT, *GREEDY, "--json", "-n", "2", "--temperature", "1", "--seed", "3", "--stop", "zzzz", "--stop", "yyyy",
+        "--offload-cpu-layers", "1", "--trace", str(trace),
+    )  # fmt: skip
+    answer = json.loads(found.stdout)
+    assert len(answer["choices"]) == 2
+    assert answer["tokens"] == sum(len(choice["token_ids"]) for choice in answer["choices"])
+    assert answer["text"] == answer["choices"][0]["text"] != answer["choices"][1]["text"]
+    assert answer["bytes_read"] >= answer["plan"]["streamed_nbytes_per_pass"] * (answer["passes"] - 1) > 0
+    assert {event["cat"] for event in json.loads(trace.read_text())["traceEvents"]} >= {"safetensor_pread", "compute", "stall"}
+
+
+def running(*arguments: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([*PROGRAM, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=PLAIN)
+
+
+@pytest.mark.parametrize("placement", [[], ["--offload-cpu-layers", "1"]], ids=["in-memory", "streamed"])
+def test_interrupt_keeps_what_was_written(placement: list[str]) -> None:
+    with running("run", "demo", PROMPT, *ENDLESS, *placement) as process:
+        assert process.stdout is not None
+        first = process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        rest, told = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert len(first + rest) > 1 and rest.endswith(b"\n")
+    assert re.fullmatch(rb"\d+ tokens? in .*\n", told)
+    assert int(told.split()[0]) < 4000
+
+
+def test_closed_pipe_ends_quietly() -> None:
+    with running("run", "demo", PROMPT, *ENDLESS) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_demo_runs_to_its_end() -> None:
+    start = time.perf_counter()
+    found = aollm("demo")
+    assert time.perf_counter() - start < 20
+    assert (found.returncode, found.stderr) == (0, "")
+    assert "\x1b" not in found.stdout
+    assert "Once upon a time" in found.stdout
+    for lane in ("reads", "compute", "stalls"):
+        assert re.search(rf"^  {lane} .*[▁▂▃▄▅▆▇█].* +\d+%$", found.stdout, re.MULTILINE)
+    speeds = re.findall(r"([\d.]+) tokens/s", found.stdout)
+    assert len(speeds) == 2 and all(float(speed) > 0 for speed in speeds)
+    assert re.search(r"[\d.]+ MB a pass", found.stdout)
+    assert found.stdout.count("  · ") == 4
+
+
+def test_plan_reads_no_weights() -> None:
+    found = aollm("plan", "demo", "--offload-cpu-layers", "1", "--max-context-tokens", "256", "--json")
+    plan = json.loads(found.stdout)
+    assert plan["pinned_nbytes"] + plan["streamed_nbytes_per_pass"] == plan["weights_nbytes"]
+    assert plan["drive_bytes_per_second"] > 0
+    assert sum(plan["ledger"].values()) <= plan["memory"]
+    told = aollm("plan", "demo", "--offload-cpu-layers", "1", "--max-context-tokens", "256").stdout
+    strip = next(line.strip() for line in told.splitlines() if "░░" in line)
+    assert strip == "".join({"host": "█", "disk": "░"}[place] for place in plan["placement"])
+
+
+def test_chat_over_a_pipe(tmp_path: Path) -> None:
+    kept, broken = tmp_path / "talk.json", tmp_path / "broken.json"
+    broken.write_text('{"messages": [{"role": 3}]}')
+    lines = [
+        "/stats", "hello", "", f"/save {kept}", "/stats", "/reset", "/sing", "/save", f"/load {broken}", f"/load {tmp_path}/none",
+        f"/load {kept}", f"/save {kept}", "/help", "/quit", "never read",
+    ]  # fmt: skip
+    found = aollm("chat", "demo", "--max-new-tokens", "8", "--max-context-tokens", "512", "--system", "Be brief.", stdin="\n".join(lines))
+    assert found.returncode == 0
+    saved = json.loads(kept.read_text())
+    assert [message["role"] for message in saved["messages"]] == ["system", "user", "assistant"]
+    assert saved["model"] == "demo"
+    assert found.stdout == saved["messages"][2]["content"].rstrip("\n") + "\n"
+    told = [line for line in found.stderr.splitlines() if not line.startswith(("/", "system:", "user:", "assistant:"))]
+    assert [line.split(",")[0].split(" · ")[0] for line in told] == [
+        "demo: type a message",
+        "1 message",
+        f"saved 3 messages in {kept}",
+        "3 messages",
+        "forgotten",
+        "aollm: error: there is no such command; there are /save",
+        "aollm: error: give the name of a file",
+        f"aollm: error: {broken} is no transcript: each message takes a role and a content",
+        f"aollm: error: {tmp_path}/none cannot be read: No such file or directory",
+        f"going on with 3 messages of {kept}",
+        f"saved 3 messages in {kept}",
+    ]
+    assert sorted(tmp_path.iterdir()) == [broken, kept]  # nothing half-written is left
+
+
+class Typist:
+    """A process with a terminal of its own, in which a person types."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        self._terminal, other = pty.openpty()
+        opened = ["sh", "-c", 'exec "$@" <"$0" >"$0" 2>&1', os.ttyname(other)]  # who opens it first is who gets its Ctrl-C
+        self.process = subprocess.Popen(
+            [*opened, *PROGRAM, *arguments], env={**PLAIN, "TERM": "xterm", **environment}, start_new_session=True
+        )
+        self._other = other  # kept open, or reading would fail before the process has opened its own
+        self.shown, self._seen = b"", 0
+
+    def until(self, text: bytes, timeout_s: float = 30) -> None:
+        """Read until `text` is shown, behind what was waited for before."""
+        end = time.monotonic() + timeout_s
+        while (found := self.shown.find(text, self._seen)) < 0:
+            assert time.monotonic() < end, self.shown
+            self._read(0.1)
+        self._seen = found + len(text)
+
+    def type(self, text: bytes) -> None:
+        os.write(self._terminal, text)
+
+    def end(self) -> int:
+        """Read what is left; the exit code."""
+        code = self.process.wait(timeout=30)
+        os.close(self._other)
+        with contextlib.suppress(OSError):
+            while self._read(1):
+                pass
+        os.close(self._terminal)
+        return code
+
+    def _read(self, timeout_s: float) -> bytes:
+        got = os.read(self._terminal, 65536) if select.select([self._terminal], [], [], timeout_s)[0] else b""
+        self.shown += got
+        return got
+
+
+@pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=["colour", "no-colour", "dumb"])
+def test_a_terminal_shows_a_status(environment: dict[str, str]) -> None:
+    typist = Typist("run", "demo", PROMPT, *GREEDY, "--offload-cpu-layers", "1", **environment)
+    assert typist.end() == 0
+    assert bool(COLOUR.search(typist.shown)) == (not environment)
+    assert (b"\x1b7" in typist.shown) == ("TERM" not in environment)
+    assert (b"loading" in typist.shown) == ("TERM" not in environment)
+    assert re.search(rb"24 tokens in .* tokens/s", typist.shown)
+
+
+def test_chat_in_a_terminal_survives_interrupts() -> None:
+    typist = Typist("chat", "demo", *ENDLESS, NO_COLOR="1")
+    typist.until(b"> ")
+    typist.type(b"half a li\x03")
+    typist.until(b"/quit leaves")
+    typist.until(b"> ")
+    typist.type(b"hello\r")
+    typist.until(b"tokens/s")
+    typist.type(b"\x03")
+    typist.until(b"what was said is kept")
+    typist.until(b"> ")
+    typist.type(b"/stats\r")
+    typist.until(b"2 messages")
+    typist.until(b"> ")
+    typist.type(b"\x04")
+    assert typist.end() == 0
