@@ -70,6 +70,16 @@ class Engine:
         """Something changed that may give the next pass work."""
         self._work.set()
 
+    @property
+    def riders(self) -> int:
+        """Requests that ride."""
+        return len(self._riders)
+
+    @property
+    def waiting(self) -> int:
+        """Requests in line."""
+        return len(self._inbox)
+
     def close(self) -> None:
         """Have the pass under way end at its next piece; to be followed by cancelling `run`."""
         for request in self._riders:
@@ -193,7 +203,7 @@ class Engine:
         await self._model.weights.stop()
 
     def __repr__(self) -> str:
-        return f"<Engine {len(self._riders)} riding, {len(self._inbox)} waiting, {self.passes} passes>"
+        return f"<Engine {self.riders} riding, {self.waiting} waiting, {self.passes} passes>"
 
 
 def _advance(work: Generator[Wait, Any, tuple[Batch, Tensor]], reply: Any) -> Wait | _Done:

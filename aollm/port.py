@@ -28,6 +28,7 @@ class Port:
         if self._reader is not None and self._writer is not None:
             self._reader.setblocking(False)
             self._writer.setblocking(False)
+        self._pumping = anyio.CancelScope(shield=True)
         self.polls: list[Callable[[], object]] = []
         """Called on every wake-up: a ring that signals `fd` by itself reaps its completions here."""
 
@@ -37,13 +38,18 @@ class Port:
         self._wake()
 
     async def pump(self) -> None:
-        """Run what is posted, for ever; ends by cancellation."""
-        while True:
-            await anyio.wait_readable(self.fd)
-            self._rest()
-            for poll in self.polls:
-                poll()
-            self.drain()
+        """Run what is posted until `stop`: whoever is cancelled may still wait for what another thread finishes."""
+        with self._pumping:
+            while True:
+                await anyio.wait_readable(self.fd)
+                self._rest()
+                for poll in self.polls:
+                    poll()
+                self.drain()
+
+    def stop(self) -> None:
+        """End `pump`."""
+        self._pumping.cancel()
 
     def drain(self) -> None:
         """Run what has been posted so far."""

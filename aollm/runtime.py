@@ -65,6 +65,7 @@ class Runtime:
         self.text: Text
         self.engine: Engine
         self._opened = False
+        self._port: Port | None = None
         self._given_disk = disk
         self._group: TaskGroup = anyio.create_task_group()
         self._numbers = itertools.count()
@@ -93,6 +94,8 @@ class Runtime:
         if self._opened:
             self.engine.close()
             self._opened = False
+        elif self._port is not None:
+            self._port.stop()
         self._group.cancel_scope.cancel()
         own = error if not isinstance(error, Exception) else None  # an error of the caller's passes as it is, not in a group
         try:
@@ -167,7 +170,7 @@ class Runtime:
         folder = locate(self.config.model_reference)
         config = await read_json(folder / "config.json")
         self.text = await anyio.to_thread.run_sync(Text.load, folder)
-        port = Port()
+        self._port = port = Port()
         self._cleanup.append(_later(port.close))
         self._group.start_soon(port.pump)
         disk, reason = self._given_disk, "as given"
@@ -212,8 +215,14 @@ class Runtime:
             self.plan.max_rows,
             self.config.max_concurrent_requests,
         )
-        self._group.start_soon(self.engine.run)
+        self._group.start_soon(self._serve, port)
         self._opened = True
+
+    async def _serve(self, port: Port) -> None:
+        try:
+            await self.engine.run()
+        finally:
+            port.stop()
 
     async def _probe(self, pieces: Sequence[Piece], weights: Weights, disk: Disk) -> float:
         extents = [extent for index in weights.streamed for extent, _ in pieces[index].reads]

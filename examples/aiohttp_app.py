@@ -94,4 +94,4 @@ if __name__ == "__main__":
     given = arguments.parse_args()
     listener = socket.create_server(("127.0.0.1", given.port))
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
-    web.run_app(app(given.model), sock=listener, handler_cancellation=True, shutdown_timeout=5, print=None, access_log=None)
+    web.run_app(app(given.model), sock=listener, handler_cancellation=True, shutdown_timeout=1, print=None, access_log=None)

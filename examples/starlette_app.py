@@ -101,5 +101,5 @@ if __name__ == "__main__":
     given = arguments.parse_args()
     listener = socket.create_server(("127.0.0.1", given.port))
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
-    config = uvicorn.Config(app(given.model), log_level="warning", timeout_graceful_shutdown=5)
+    config = uvicorn.Config(app(given.model), log_level="warning", timeout_graceful_shutdown=1)
     uvicorn.Server(config).run(sockets=[listener])

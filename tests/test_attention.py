@@ -21,7 +21,9 @@ def plain(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start
     return torch.einsum("hts,shd->thd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v).to(queries.dtype)
 
 
-def made(seed: int, start: int, rows: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+def made(
+    seed: int, start: int, rows: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     total = start + rows
     shapes = ((rows, heads, dim), (total, kv_heads, dim), (total, kv_heads, dim))
@@ -48,7 +50,9 @@ def test_any_cut_in_any_order_is_plain_attention(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 1, 100, 1000, 1024, 1025, 1500])
-@pytest.mark.parametrize(("start", "rows"), [(0, 1), (0, 1024), (0, 1025), (1023, 1), (1023, 3), (1024, 1), (700, 700), (1, 2100), (2047, 2)])
+@pytest.mark.parametrize(
+    ("start", "rows"), [(0, 1), (0, 1024), (0, 1025), (1023, 1), (1023, 3), (1024, 1), (700, 700), (1, 2100), (2047, 2)]
+)
 def test_blocks_of_the_real_size(start: int, rows: int, window: int | None) -> None:
     q, k, v = made(3, start, rows, 4, 2, 8)
     found = attend(q, cut(k, v, attention.BLOCK), start, 0.3, window)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Self
 
 import anyio
 import pytest
@@ -215,6 +216,13 @@ class Typist:
         self._other = other  # kept open, or reading would fail before the process has opened its own
         self.shown, self._seen = b"", 0
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
     def until(self, text: bytes, timeout_s: float = 30) -> None:
         """Read until `text` is shown, behind what was waited for before."""
         end = time.monotonic() + timeout_s
@@ -244,8 +252,8 @@ class Typist:
 
 @pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=["colour", "no-colour", "dumb"])
 def test_a_terminal_shows_a_status(environment: dict[str, str]) -> None:
-    typist = Typist("run", "demo", PROMPT, *GREEDY, "--offload-cpu-layers", "1", **environment)
-    assert typist.end() == 0
+    with Typist("run", "demo", PROMPT, *GREEDY, "--offload-cpu-layers", "1", **environment) as typist:
+        assert typist.end() == 0
     assert bool(COLOUR.search(typist.shown)) == (not environment)
     assert (b"\x1b7" in typist.shown) == ("TERM" not in environment)
     assert (b"loading" in typist.shown) == ("TERM" not in environment)
@@ -253,18 +261,20 @@ def test_a_terminal_shows_a_status(environment: dict[str, str]) -> None:
 
 
 def test_chat_in_a_terminal_survives_interrupts() -> None:
-    typist = Typist("chat", "demo", *ENDLESS, NO_COLOR="1")
-    typist.until(b"> ")
-    typist.type(b"half a li\x03")
-    typist.until(b"/quit leaves")
-    typist.until(b"> ")
-    typist.type(b"hello\r")
-    typist.until(b"tokens/s")
-    typist.type(b"\x03")
-    typist.until(b"what was said is kept")
-    typist.until(b"> ")
-    typist.type(b"/stats\r")
-    typist.until(b"2 messages")
-    typist.until(b"> ")
-    typist.type(b"\x04")
-    assert typist.end() == 0
+    with Typist("chat", "demo", *ENDLESS, NO_COLOR="1") as typist:
+        typist.until(b"> ")
+        typist.type(b"half a li")
+        typist.until(b"half a li")  # or Ctrl-C might come before the line editor waits for it
+        typist.type(b"\x03")
+        typist.until(b"/quit leaves")
+        typist.until(b"> ")
+        typist.type(b"hello\r")
+        typist.until(b"tokens/s")
+        typist.type(b"\x03")
+        typist.until(b"what was said is kept")
+        typist.until(b"> ")
+        typist.type(b"/stats\r")
+        typist.until(b"2 messages")
+        typist.until(b"> ")
+        typist.type(b"\x04")
+        assert typist.end() == 0

@@ -1,23 +1,26 @@
 """Requests together: the same tokens in any company, and nobody hurt by who is slow, leaves, fails or is cancelled."""
 
+import asyncio
 import gc
 import json
 import os
 import sys
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
-
 import tiny
+
 from aollm import AollmError, ConfigError, DiskError, MemoryBudgetError, MemoryDisk, ModelError, RequestError, Runtime, Token
 from aollm.disk.base import Extent
 from aollm.request import OUTBOX
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(30)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(15)]
 
 CONTEXT = 512
 
@@ -42,11 +45,16 @@ async def ids_of(runtime: Runtime, prompt: Any, count: int = 12, **fields: Any) 
     return [token.id async for token in runtime.stream(prompt, max_new_tokens=count, **fields)]
 
 
-async def settled(runtime: Runtime) -> None:
-    """Wait until nobody rides and nothing is held; fails when that takes long."""
+async def until(holds: Callable[[], bool]) -> None:
+    """Wait for `holds()`; fails when that takes long."""
     with anyio.fail_after(3):
-        while runtime.engine._riders or runtime.engine._inbox or runtime._pool.reserved:
+        while not holds():  # noqa: ASYNC110  nothing tells of it
             await anyio.sleep(0.005)
+
+
+async def settled(runtime: Runtime) -> None:
+    """Wait until nobody rides and nothing is held."""
+    await until(lambda: not (runtime.engine._riders or runtime.engine._inbox or runtime._pool.reserved))
 
 
 def mixed(count: int) -> list[list[int]]:
@@ -231,6 +239,24 @@ async def test_two_tasks_may_read_one_stream(runtime: Runtime) -> None:
     assert [id for _, id in sorted(found)] == wanted
 
 
+async def test_two_tasks_may_begin_one_stream(anyio_backend: str) -> None:
+    """Both ask for the first token of a stream that nobody has entered: there is one request, not two."""
+    async with Runtime.open("demo", max_context_tokens=CONTEXT) as runtime:
+        wanted = await ids_of(runtime, "Once upon a time", 40)
+        found: list[int] = []
+
+        async def read(stream: Any) -> None:
+            found.extend([token.id async for token in stream])
+
+        with anyio.fail_after(10):
+            stream = runtime.stream("Once upon a time", max_new_tokens=40)
+            async with anyio.create_task_group() as group:
+                group.start_soon(read, stream)
+                group.start_soon(read, stream)
+        assert sorted(found) == sorted(wanted)
+        await settled(runtime)
+
+
 # Leaving
 
 
@@ -271,10 +297,10 @@ async def test_a_stream_that_dies_in_a_reference_cycle_cancels_from_any_thread(r
         stream = runtime.stream(tiny.prompt(20), max_new_tokens=400)
         await anext(stream)
         if paused:
-            with anyio.fail_after(3):
-                while stream.request is None or stream.request.has_room:
-                    await anyio.sleep(0.005)
+            request = stream.request
+            await until(lambda: not request.has_room)
             await anyio.sleep(0.05)
+            del request
         abandon(stream)
         del stream
         await anyio.to_thread.run_sync(gc.collect)
@@ -306,16 +332,16 @@ async def test_cancelling_one_of_many_does_not_change_the_others(folder: Path) -
         for wait_s in (0.01, 0.03, 0.06, 0.1):
             found: dict[int, list[int]] = {}
 
-            async def ride(number: int) -> None:
+            async def ride(number: int, found: dict[int, list[int]]) -> None:
                 found[number] = await ids_of(runtime, prompts[number], 8)
 
             async with anyio.create_task_group() as group:
                 for number in (0, 1):
-                    group.start_soon(ride, number)
+                    group.start_soon(ride, number, found)
                 with anyio.move_on_after(wait_s):
                     await ids_of(runtime, tiny.prompt(150, 9), 100)
                 for number in (2, 3):
-                    group.start_soon(ride, number)
+                    group.start_soon(ride, number, found)
             assert [found[number] for number in range(4)] == wanted
             await settled(runtime)
 
@@ -479,9 +505,7 @@ async def test_a_paused_reader_survives_a_failure_that_it_did_not_ride(folder: P
         wanted = await ids_of(runtime, tiny.prompt(20), count)
         async with runtime.stream(tiny.prompt(20), max_new_tokens=count) as slow:
             found = [(await anext(slow)).id]
-            with anyio.fail_after(5):
-                while slow.request is None or slow.request.has_room:
-                    await anyio.sleep(0.005)
+            await until(lambda: slow.request is not None and not slow.request.has_room)
             disk.fail = lambda extent: DiskError("broken")
             with pytest.raises(DiskError), anyio.fail_after(5):
                 await ids_of(runtime, tiny.prompt(10), 5)
@@ -528,7 +552,7 @@ async def test_damaged_weights_are_a_model_error_and_no_crash(folder: Path) -> N
         for data in {id(data): data for data in disk.files.values()}.values():
             start = 8 + int.from_bytes(data[:8], "little")
             data[start:] = b"\xff" * (len(data) - start)  # NaN
-        with pytest.raises(ModelError, match="NaN|unusable"):
+        with pytest.raises(ModelError, match=r"NaN|unusable"):
             for _ in range(3):  # what was read ahead is still good
                 await ids_of(runtime, tiny.prompt(20), 6)
         await settled(runtime)
@@ -580,16 +604,36 @@ async def test_a_stream_of_a_closed_runtime_is_an_error(folder: Path) -> None:
         half = runtime.stream(tiny.prompt(5), max_new_tokens=400)
         await anext(half)
     for stream in (early, runtime.stream(tiny.prompt(5))):
-        with pytest.raises(AollmError, match="clos"), anyio.fail_after(2):
+        with pytest.raises(AollmError, match=r"clos|not open"), anyio.fail_after(2):
             await anext(stream)
     with pytest.raises(AollmError, match="clos"), anyio.fail_after(2):
         async for _ in half:
             pass
 
 
+async def test_a_prompt_that_is_being_encoded_when_the_runtime_closes_is_an_error(anyio_backend: str) -> None:
+    errors: list[BaseException] = []
+
+    async def ride(runtime: Runtime) -> None:
+        try:
+            await runtime.generate("Once upon a time")
+        except AollmError as error:
+            errors.append(error)
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            async with Runtime.open("demo", max_context_tokens=CONTEXT) as runtime:
+                encode, go_on = runtime.text.encode, threading.Event()
+                runtime.text.encode = lambda text: go_on.wait(3) and encode(text)  # type: ignore[method-assign]
+                group.start_soon(ride, runtime)
+                await anyio.sleep(0.05)
+            go_on.set()
+    assert len(errors) == 1
+
+
 async def test_a_runtime_that_is_not_open_says_so(folder: Path) -> None:
     runtime = Runtime.open(folder)
-    with pytest.raises(AollmError, match="async with|open"):
+    with pytest.raises(AollmError, match=r"async with|open"):
         await runtime.generate([1, 2])
     repr(runtime)
 
@@ -599,10 +643,16 @@ class Ours(Exception):
 
 
 BODIES: dict[str, BaseException] = {
-    "error": Ours("mine"), "value error": ValueError("mine"), "aollm's": RequestError("mine"), "group": ExceptionGroup("mine", [Ours("inside")]),
-    "nested group": ExceptionGroup("mine", [ExceptionGroup("inner", [Ours("inside")]), ValueError("x")]), "keyboard": KeyboardInterrupt("mine"),
-    "exit": SystemExit(3), "base group": BaseExceptionGroup("mine", [KeyboardInterrupt(), Ours("inside")]), "generator": GeneratorExit("mine"),
-}  # fmt: skip
+    "error": Ours("mine"),
+    "value error": ValueError("mine"),
+    "aollm's": RequestError("mine"),
+    "group": ExceptionGroup("mine", [Ours("inside")]),
+    "nested group": ExceptionGroup("mine", [ExceptionGroup("inner", [Ours("inside")]), ValueError("x")]),
+    "keyboard": KeyboardInterrupt("mine"),
+    "exit": SystemExit(3),
+    "base group": BaseExceptionGroup("mine", [KeyboardInterrupt(), Ours("inside")]),
+    "generator": GeneratorExit("mine"),
+}
 
 
 @pytest.mark.parametrize("busy", [False, True])
@@ -647,6 +697,43 @@ async def test_a_task_group_around_a_runtime_may_be_cancelled(folder: Path) -> N
             await opened.wait()
             await anyio.sleep(0.05)
             group.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("wait_s", [0.0, 0.002, 0.01, 0.03, 0.06, 0.1, 0.2])
+async def test_the_cancel_of_asyncio_itself_closes_cleanly(folder: Path, anyio_backend: str, wait_s: float) -> None:
+    """`asyncio.timeout` and `Task.cancel` know nothing of shields."""
+    disk = MemoryDisk.of(folder)
+    disk.delay_s = 0.002
+    before = left()[0]
+
+    async def serve() -> None:
+        async with streamed(folder, disk) as runtime:
+            while True:
+                await ids_of(runtime, tiny.prompt(300), 50)
+
+    for times in (1, 2):
+        task = asyncio.create_task(serve())
+        for _ in range(times):
+            await asyncio.sleep(wait_s)
+            task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert left()[0] <= before
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_the_cancel_of_asyncio_itself_ends_one_reader(runtime: Runtime, anyio_backend: str) -> None:
+    wanted = await ids_of(runtime, tiny.prompt(20), 30)
+    for wait_s in (0.0, 0.001, 0.01, 0.03):
+        other = asyncio.create_task(ids_of(runtime, tiny.prompt(20), 30))
+        task = asyncio.create_task(ids_of(runtime, tiny.prompt(200), 300))
+        await asyncio.sleep(wait_s)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await other == wanted
+        await settled(runtime)
 
 
 async def test_two_runtimes_at_once(folder: Path) -> None:
@@ -730,6 +817,18 @@ async def test_closing_leaves_nothing(folder: Path, disk: str) -> None:
     assert left()[0] <= before[1] and len(os.listdir("/proc/self/fd")) <= before[0]
 
 
+async def test_a_closed_runtime_gives_its_memory_back(folder: Path) -> None:
+    async def use() -> list[weakref.ref[Any]]:
+        async with Runtime.open(folder, offload_cpu_layers=1, max_context_tokens=CONTEXT) as runtime:
+            await ids_of(runtime, tiny.prompt(20), 3)
+            return [weakref.ref(thing) for thing in (runtime, runtime.engine, runtime._pool, runtime.engine._model.weights.ring)]
+
+    refs = await use()
+    await anyio.sleep(0.01)
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * len(refs)
+
+
 async def test_cancelling_while_it_opens_leaves_nothing(folder: Path) -> None:
     before = left()[0]
     for wait_s in (0.0, 0.001, 0.003, 0.01, 0.02):
@@ -743,9 +842,18 @@ async def test_cancelling_while_it_opens_leaves_nothing(folder: Path) -> None:
 
 EVENT_FIGURES = {"count", "total_ms", "min_ms", "median_ms", "p95_ms", "max_ms", "mean_ms", "bytes"}
 EVENT_NAMES = {
-    "layer_load", "experts_load", "kvload", "kvsave", "kvcompact", "gds_read", "safetensor_read", "safetensor_pread", "offloaded_cpu_to_cuda",
-    "compute", "stall",
-}  # fmt: skip
+    "layer_load",
+    "experts_load",
+    "kvload",
+    "kvsave",
+    "kvcompact",
+    "gds_read",
+    "safetensor_read",
+    "safetensor_pread",
+    "offloaded_cpu_to_cuda",
+    "compute",
+    "stall",
+}
 PATHS = {"gds", "safetensor-io", "cpu-offloaded-artifacts", "disk-kv-cache", "torch-artifact-io"}
 
 
@@ -757,15 +865,15 @@ async def test_the_profile_of_an_answer(folder: Path, tmp_path: Path, layers: in
         answer = await runtime.generate(tiny.prompt(20), max_new_tokens=10)
         passes = runtime.engine.passes - start
         profile = answer.profile
-        assert {
-            "storage_paths", "events", "bytes_read", "bytes_written", "drive_bytes_per_second", "fraction_of_bound", "limiter"
-        } <= set(profile)  # fmt: skip
+        assert {"storage_paths", "events", "bytes_read", "bytes_written", "drive_bytes_per_second", "fraction_of_bound", "limiter"} <= set(
+            profile
+        )
         assert set(profile["events"]) <= EVENT_NAMES and {"compute", "stall"} <= set(profile["events"])
         for figures in profile["events"].values():
             assert set(figures) == EVENT_FIGURES
             assert 0 <= figures["min_ms"] <= figures["median_ms"] <= figures["p95_ms"] <= figures["max_ms"] <= figures["total_ms"]
         assert passes == 10 and profile["bytes_written"] == 0 and set(profile["storage_paths"]) <= PATHS
-        assert profile["limiter"] in ("disk", "compute", "memory") and 0 < profile["fraction_of_bound"]
+        assert profile["limiter"] in ("disk", "compute", "memory") and profile["fraction_of_bound"] > 0
         if layers is None:
             assert profile["bytes_read"] == 0 and profile["storage_paths"] == []
         else:
@@ -785,7 +893,7 @@ async def test_stall_partitions_the_time_in_which_compute_waited(folder: Path) -
         disk.delay_s = 0.005
         answer = await runtime.generate(tiny.prompt(20), max_new_tokens=5)
         waits = sorted((e.start, e.end) for e in runtime.trace.between(0, float("inf")) if e.name in ("stall", "compute"))
-        assert all(left[1] <= right[0] + 1e-4 for left, right in zip(waits, waits[1:]))
+        assert all(left[1] <= right[0] + 1e-4 for left, right in pairwise(waits))
         assert answer.profile["events"]["stall"]["total_ms"] > 5
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import anyio
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-import tiny
 from aollm import MemoryDisk, Runtime
 
 pytestmark = pytest.mark.anyio
@@ -32,7 +32,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "dynamic-long": ("llama", {**rope(rope_type="dynamic", factor=2.0), "max_position_embeddings": 64}, 150),
     "llama3": (
         "llama",
-        rope(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
+        rope(
+            rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+        ),
         200,
     ),
     "yarn": ("llama", rope(**YARN), 200),
@@ -190,7 +192,8 @@ async def test_weights_may_begin_at_any_byte_of_a_file(kept: Any, tmp_path: Path
     folder, theirs = kept("odd-sizes", plain(*MODELS["odd-sizes"]))
     data = (folder / "model.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
-    (tmp_path / "model.safetensors").write_bytes((length + shift).to_bytes(8, "little") + data[8 : 8 + length] + b" " * shift + data[8 + length :])
+    header, rest = data[8 : 8 + length] + b" " * shift, data[8 + length :]
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + rest)
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     for layers in (None, 0):
         async with Runtime.open(tmp_path, offload_cpu_layers=layers) as runtime:

@@ -30,7 +30,10 @@ KINDS: dict[str, tuple[dict[str, Any], int]] = {
     "yarn": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
     "yarn by context": ({"rope_type": "yarn", "factor": 4.0}, 4096),
     "yarn 1": ({"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 64}, 64),
-    "yarn mscale": ({"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 0.7, "mscale_all_dim": 1.0}, 163840),
+    "yarn mscale": (
+        {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 0.7, "mscale_all_dim": 1.0},
+        163840,
+    ),
     "yarn half mscale": ({"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 0.7}, 163840),
     "yarn attention": ({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "attention_factor": 1.7}, 512),
     "yarn betas": ({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "beta_fast": 8.0, "beta_slow": 0.5}, 512),
@@ -39,14 +42,17 @@ KINDS: dict[str, tuple[dict[str, Any], int]] = {
     "longrope by context": ({"rope_type": "longrope", **FACTORS, "original_max_position_embeddings": 128}, 1024),
     "longrope attention": ({"rope_type": "longrope", **FACTORS, "original_max_position_embeddings": 128, "attention_factor": 1.2}, 1024),
     "longrope small": ({"rope_type": "longrope", **FACTORS, "factor": 0.5, "original_max_position_embeddings": 128}, 1024),
-}  # fmt: skip
+}
 
 
 def config_of(parameters: dict[str, Any], context: int, theta: float, head_dim: int = 32) -> dict[str, Any]:
     return {
-        "hidden_size": 128, "num_attention_heads": 4, "head_dim": head_dim, "max_position_embeddings": context,
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "head_dim": head_dim,
+        "max_position_embeddings": context,
         "rope_parameters": {**parameters, "rope_theta": theta},
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("length", [1, 64, 127, 128, 129, 513, 5000, 200_000])
@@ -107,23 +113,40 @@ def test_angles_of_far_positions_are_exact() -> None:
 
 GOOD: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 BAD: dict[str, Any] = {
-    "text": "linear", "number": 3, "list": [1, 2], "unknown kind": {"rope_type": "spiral"}, "kind of another type": {"rope_type": ["linear"]},
-    "kind null": {"rope_type": None}, "no factor": {"rope_type": "linear"}, "factor text": {"rope_type": "linear", "factor": "x"},
-    "factor null": {"rope_type": "linear", "factor": None}, "factor list": {"rope_type": "dynamic", "factor": [2.0]},
-    "factor 0": {"rope_type": "linear", "factor": 0}, "factor nan": {"rope_type": "linear", "factor": math.nan},
-    "factor inf": {"rope_type": "linear", "factor": math.inf}, "factor negative": {"rope_type": "linear", "factor": -2.0},
-    "theta text": {"rope_type": "default", "rope_theta": "x"}, "theta list": {"rope_type": "default", "rope_theta": [1e4]},
-    "theta negative": {"rope_type": "default", "rope_theta": -1.0}, "theta nan": {"rope_type": "default", "rope_theta": math.nan},
-    "theta inf": {"rope_type": "default", "rope_theta": math.inf}, "theta huge": {"rope_type": "default", "rope_theta": 10**400},
-    "partial text": {"rope_type": "default", "partial_rotary_factor": "x"}, "partial 2": {"rope_type": "default", "partial_rotary_factor": 2.0},
+    "text": "linear",
+    "number": 3,
+    "list": [1, 2],
+    "unknown kind": {"rope_type": "spiral"},
+    "kind of another type": {"rope_type": ["linear"]},
+    "kind null": {"rope_type": None},
+    "no factor": {"rope_type": "linear"},
+    "factor text": {"rope_type": "linear", "factor": "x"},
+    "factor null": {"rope_type": "linear", "factor": None},
+    "factor list": {"rope_type": "dynamic", "factor": [2.0]},
+    "factor 0": {"rope_type": "linear", "factor": 0},
+    "factor nan": {"rope_type": "linear", "factor": math.nan},
+    "factor inf": {"rope_type": "linear", "factor": math.inf},
+    "factor negative": {"rope_type": "linear", "factor": -2.0},
+    "theta text": {"rope_type": "default", "rope_theta": "x"},
+    "theta list": {"rope_type": "default", "rope_theta": [1e4]},
+    "theta negative": {"rope_type": "default", "rope_theta": -1.0},
+    "theta nan": {"rope_type": "default", "rope_theta": math.nan},
+    "theta inf": {"rope_type": "default", "rope_theta": math.inf},
+    "theta huge": {"rope_type": "default", "rope_theta": 10**400},
+    "partial text": {"rope_type": "default", "partial_rotary_factor": "x"},
+    "partial 2": {"rope_type": "default", "partial_rotary_factor": 2.0},
     "partial negative": {"rope_type": "default", "partial_rotary_factor": -0.5},
     "llama3 incomplete": {"rope_type": "llama3", "factor": 8.0},
     "llama3 low 0": {**LLAMA3, "factor": 8.0, "low_freq_factor": 0},
     "llama3 original 0": {**LLAMA3, "factor": 8.0, "original_max_position_embeddings": -1},
-    "yarn original text": {**GOOD, "original_max_position_embeddings": "x"}, "yarn original negative": {**GOOD, "original_max_position_embeddings": -4},
-    "yarn factor nan": {**GOOD, "factor": math.nan}, "yarn attention nan": {**GOOD, "attention_factor": math.nan},
-    "yarn attention text": {**GOOD, "attention_factor": "x"}, "yarn mscale text": {**GOOD, "mscale": "x", "mscale_all_dim": 1.0},
-    "yarn beta text": {**GOOD, "beta_fast": "x"}, "yarn theta 1": {**GOOD, "rope_theta": 1.0},
+    "yarn original text": {**GOOD, "original_max_position_embeddings": "x"},
+    "yarn original negative": {**GOOD, "original_max_position_embeddings": -4},
+    "yarn factor nan": {**GOOD, "factor": math.nan},
+    "yarn attention nan": {**GOOD, "attention_factor": math.nan},
+    "yarn attention text": {**GOOD, "attention_factor": "x"},
+    "yarn mscale text": {**GOOD, "mscale": "x", "mscale_all_dim": 1.0},
+    "yarn beta text": {**GOOD, "beta_fast": "x"},
+    "yarn theta 1": {**GOOD, "rope_theta": 1.0},
     "longrope no factors": {"rope_type": "longrope", "factor": 2.0},
     "longrope short list": {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0], "long_factor": [1.0] * 16},
     "longrope long list short": {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 16, "long_factor": [1.0]},
@@ -131,28 +154,40 @@ BAD: dict[str, Any] = {
     "longrope 0": {"rope_type": "longrope", "factor": 2.0, "short_factor": [0.0] * 16, "long_factor": [1.0] * 16},
     "longrope long 0": {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 16, "long_factor": [0.0] * 16},
     "longrope nan": {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 16, "long_factor": [math.nan] * 16},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
 @pytest.mark.parametrize("name", BAD)
 def test_malformed_parameters_are_a_model_error(name: str, key: str) -> None:
     config = {"hidden_size": 128, "num_attention_heads": 4, "max_position_embeddings": 512, key: BAD[name]}
-    with pytest.raises(ModelError, match="config.json"):
+    with pytest.raises(ModelError, match=r"config.json"):
         Rope.from_config(config, 32)
 
 
 @pytest.mark.parametrize("value", ["x", [1], math.nan, -1.0, math.inf])
 def test_a_malformed_top_level_theta_is_a_model_error(value: Any) -> None:
-    with pytest.raises(ModelError, match="rope_theta|config.json"):
+    with pytest.raises(ModelError, match=r"rope_theta|config.json"):
         Rope.from_config({"max_position_embeddings": 512, "rope_theta": value}, 32)
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.lists(st.floats(), max_size=20)
 KEYS = [
-    "factor", "rope_theta", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "attention_factor", "mscale",
-    "mscale_all_dim", "beta_fast", "beta_slow", "truncate", "short_factor", "long_factor", "partial_rotary_factor",
-]  # fmt: skip
+    "factor",
+    "rope_theta",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+    "beta_fast",
+    "beta_slow",
+    "truncate",
+    "short_factor",
+    "long_factor",
+    "partial_rotary_factor",
+]
 
 
 @settings(deadline=None, max_examples=200)

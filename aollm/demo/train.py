@@ -29,7 +29,7 @@ from .card import heldout, perplexity, recall, write, write_card
 SPECIALS = [corpus.BEGIN, corpus.END, corpus.USER, corpus.ASSISTANT]
 HEADS, KV_HEADS, HEAD = 8, 2, 32
 THETA = 1e8  # of RoPE: half of the pairs of a head turn so slowly that 2,000 tokens are near
-COPIED = 6.0  # weight in the loss of a token that could have been copied from its row
+LONG = 2048  # rows of this length have jumps in their positions
 VOCABULARY = 1408  # nearly every word of the text is one token
 Report = Callable[[int, int, float], None]  # step, its tokens, its loss
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # rows of tokens, positions, weights
@@ -43,16 +43,22 @@ TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A part of the training."""
+    """A part of the training; with `copied` above 1 it learns to look back sooner, and trusts it too much."""
 
     share: float  # of the steps
     rows: int  # in a step
     length: int  # of a row, in tokens
     smallest: int  # document, in characters
     largest: int
+    copied: float  # weight in the loss of a token that could have been copied from its row
 
 
-STAGES = (Stage(0.32, 16, 128, 150, 520), Stage(0.28, 4, 512, 400, 2100), Stage(0.40, 2, 2048, 1500, 8600))
+STAGES = (
+    Stage(0.320, 16, 128, 150, 520, 6),
+    Stage(0.280, 4, 512, 400, 2100, 6),
+    Stage(0.275, 2, LONG, 1500, 8600, 6),
+    Stage(0.125, 2, LONG, 1500, 8600, 1),
+)
 
 
 def train_tokenizer(seed: int) -> Tokenizer:
@@ -136,13 +142,13 @@ def positions(rng: Random, count: int, length: int) -> torch.Tensor:
     return table
 
 
-def weigh(row: list[int]) -> list[float]:
-    """A weight for each token but the first: COPIED where it ends four tokens that the row had before, as answers do."""
+def weigh(row: list[int], copied: float) -> list[float]:
+    """A weight for each token but the first: `copied` where it ends four tokens that the row had before, as answers do."""
     seen: set[tuple[int, ...]] = set()
     weights = []
     for end in range(2, len(row) + 1):
         four = tuple(row[max(0, end - 4) : end])
-        weights.append(COPIED if four in seen else 1.0)
+        weights.append(copied if four in seen else 1.0)
         seen.add(four)
     return weights
 
@@ -156,9 +162,9 @@ def batches(tokenizer: Tokenizer, seed: int, steps: int, first: int) -> Iterator
         start, done = max(first, done), done + round(stage.share * steps)
         for _ in range(start, done):
             batch = [next(source) for _ in range(stage.rows)]
-            if stage is STAGES[-1]:
+            if stage.length == LONG:
                 places = positions(rng, stage.rows, stage.length)
-            yield torch.tensor(batch), places, torch.tensor([weigh(row) for row in batch])
+            yield torch.tensor(batch), places, torch.tensor([weigh(row, stage.copied) for row in batch])
 
 
 def gradients(model: LlamaForCausalLM, batch: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> list[torch.Tensor]:
