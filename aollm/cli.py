@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import Any, NoReturn
 
 from . import __version__
@@ -67,9 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         with Terminal(options.pop("quiet", False)) as terminal:
             try:
-                terminal.status(lambda: [[(f"{spinner()} ", "cyan"), ("loading", "dim")]])
-                command = import_module(f".commands.{options.pop('command')}", __package__)
-                terminal.status(None)
+                command = load(terminal, options.pop("command"))
                 return int(command.main(terminal, options))
             except KeyboardInterrupt:
                 return INTERRUPTED
@@ -85,6 +84,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read has gone; nothing is left to say, and nobody to say it to
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return BROKEN_PIPE
+
+
+def load(terminal: Terminal, name: str) -> ModuleType:
+    """The command's module, and torch with it. Ctrl-C ends the process there and then: libraries swallow the exception."""
+
+    def leave(number: int, frame: object) -> None:
+        terminal.status(None)
+        os._exit(INTERRUPTED)
+
+    terminal.status(lambda: [[(f"{spinner()} ", "cyan"), ("loading", "dim")]])
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        return import_module(f".commands.{name}", __package__)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        terminal.status(None)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .buffers import PAGE, Arena
 from .checkpoint import TensorEntry
 from .disk.base import Disk, Extent, Priority
 from .families.base import Family
@@ -15,7 +16,7 @@ from .weights import Weights
 
 
 class Embedding:
-    """Rows of `entry` [vocabulary, hidden]; a tied head that is pinned serves them without reading."""
+    """Rows of `entry` [vocabulary, hidden]: from a tied head that is pinned, from a table of its own after `pin`, else read."""
 
     def __init__(self, entry: TensorEntry, family: Family, weights: Weights, disk: Disk, trace: Trace) -> None:
         self._entry, self._family, self._disk, self._trace = entry, family, disk, trace
@@ -25,6 +26,14 @@ class Embedding:
         self._blocks = [block["head"] for block in kept if block is not None] if family.head == family.embedding else []
         if len(self._blocks) != len(heads):
             self._blocks = []
+
+    async def pin(self) -> None:
+        """Keep the whole table in memory."""
+        extent = self._entry.extent
+        offset = extent.offset % PAGE if extent.offset % 8 == 0 else 0
+        arena = Arena(offset + extent.nbytes)
+        await self._disk.read_into([extent], [arena.bytes[offset : offset + extent.nbytes]])
+        self._blocks = [arena.tensor(offset, self._family.dtype, self._entry.shape)]
 
     async def rows(self, ids: Sequence[int]) -> Tensor:
         """[T, hidden] for T token ids."""

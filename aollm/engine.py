@@ -26,6 +26,7 @@ from .stores.pool import BlockPool
 from .sweep import Leave, Load, Model, Wait, sweep
 from .trace import Event
 
+CLOSED = "the runtime was closed before this request was answered"
 RIDING_ROWS = 4096
 """Prompt rows that a pass takes on while others decode, so that one long prompt does not hold them up for minutes."""
 
@@ -47,17 +48,21 @@ class Engine:
         new_store: Callable[[], Store],
         max_rows: int,
         max_requests: int,
+        max_answers: int,
     ) -> None:
         self._model, self._embedding, self._compute = model, embedding, compute
         self._pool, self._new_store = pool, new_store
-        self._max_rows, self._max_requests = max_rows, max_requests
+        self._max_rows, self._max_requests, self._max_answers = max_rows, max_requests, max_answers
         self._inbox: deque[Request] = deque()
         self._riders: list[Request] = []
         self._work = anyio.Event()
+        self._closed = False
         self.passes = 0
 
     def submit(self, request: Request) -> None:
         """Have `request` join as soon as it fits; those that came before it go first."""
+        if self._closed:
+            raise RequestError(CLOSED)
         if request.tokens_at_most > self._pool.tokens:
             raise RequestError(
                 f"this request can come to {request.tokens_at_most} tokens of KV, the runtime has room for {self._pool.tokens}; "
@@ -81,8 +86,10 @@ class Engine:
         return len(self._inbox)
 
     def close(self) -> None:
-        """Have the pass under way end at its next piece; to be followed by cancelling `run`."""
+        """Take no more requests, and have the pass under way end at its next piece; to be followed by cancelling `run`."""
+        self._closed = True
         for request in self._riders:
+            request.error = request.error or RequestError(CLOSED)
             request.cancelled = True
 
     async def run(self) -> None:
@@ -99,8 +106,9 @@ class Engine:
                     else:
                         await self._emit(batch, draws)
         finally:
+            self._closed = True
             for request in [*self._riders, *self._inbox]:
-                request.close(RequestError("the runtime was closed before this request was answered"))
+                request.close(RequestError(CLOSED))
 
     async def _admit(self) -> Batch:
         """The next pass's rows: who decodes first, then prompts in the order in which they came, as many rows as fit."""
@@ -164,7 +172,10 @@ class Engine:
         if request.cancelled:
             request.close()
             return True
-        if len(self._riders) >= self._max_requests or not self._pool.reserve(request.tokens_at_most):
+        answers = sum(len(rider.answers) for rider in self._riders) + len(request.answers)
+        if len(self._riders) >= self._max_requests or (self._riders and answers > self._max_answers):
+            return False
+        if not self._pool.reserve(request.tokens_at_most):
             return False
         request.reserved = request.tokens_at_most
         request.answers[0].store = self._new_store()
@@ -172,7 +183,7 @@ class Engine:
         return True
 
     def _pack(self, ready: list[Answer]) -> Batch:
-        decoding = [answer for answer in ready if answer.produced][: self._max_rows]
+        decoding = [answer for answer in ready if answer.produced]
         room = self._max_rows - len(decoding)
         parts = [(answer, 1) for answer in decoding]
         for answer in (answer for answer in ready if not answer.produced):
@@ -211,7 +222,7 @@ def _advance(work: Generator[Wait, Any, tuple[Batch, Tensor]], reply: Any) -> Wa
         return work.send(reply)
     except StopIteration as done:
         return _Done(done.value)
-    except (RuntimeError, IndexError, ValueError) as error:
+    except (RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, AttributeError, AssertionError, MemoryError) as error:
         raise ModelError(f"a layer could not be computed: {error}") from error
 
 

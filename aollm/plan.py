@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .buffers import Ledger, pages
+from .errors import ConfigError
 from .families.base import Family
 from .placement import band, ring_nbytes, spread
-from .settings import RuntimeConfig
+from .settings import MAX_ANSWERS, RuntimeConfig
 from .stores.pool import BlockPool
 from .weights import Piece
 
@@ -45,6 +46,7 @@ class RuntimePlan:
     kv_tokens: int
     max_context_tokens: int
     max_concurrent_requests: int
+    max_answers: int
     max_rows: int
     chunk_rows: int
     disk_backend: str
@@ -63,17 +65,20 @@ class RuntimePlan:
 def make_plan(
     config: RuntimeConfig, model_type: str, family: Family, pieces: Sequence[Piece], memory: int, in_use: int, disk: tuple[str, str]
 ) -> RuntimePlan:
-    """Divide `memory` bytes, of which the process already has `in_use`. Raises `MemoryBudgetError` with the floor's parts."""
+    """Divide `memory` bytes, of which the process already has `in_use`.
+
+    Raises `MemoryBudgetError` with the largest parts, `ConfigError` for a context that the model does not have.
+    """
     ledger = Ledger(memory)
     ledger.lines["interpreter and libraries"] = in_use
     ledger.lines["slack"] = SLACK
     context, kv_tokens = _tokens(config, family, ledger.free)
     max_rows, chunk_rows = _rows(config, family, kv_tokens, ledger.free)
-    kv_nbytes = BlockPool.nbytes(kv_tokens, config.max_concurrent_requests, family.kv.layers, family.kv.row_nbytes)
+    kv_nbytes = BlockPool.nbytes(kv_tokens, _answers(config), family.kv.layers, family.kv.row_nbytes)
     activations = (
         max_rows * _row_nbytes(family)
         + family.activation_nbytes(chunk_rows) * 5 // 4  # the allocator does not fit them without gaps
-        + config.max_concurrent_requests * family.vocabulary * (family.dtype.itemsize + 8)
+        + _answers(config) * family.vocabulary * (family.dtype.itemsize + 8)
     )
     sizes = [piece.nbytes for piece in pieces]
     kept = None if config.offload_cpu_layers is None else band(family.kv.layers, config.offload_cpu_layers, config.offload_cpu_policy)
@@ -87,6 +92,9 @@ def make_plan(
     else:
         pinned = frozenset(index for index, piece in enumerate(pieces) if piece.layer in kept)
     ledger.reserve("pinned weights", sum(sizes[index] for index in pinned))
+    table = pages(family.vocabulary * family.hidden * family.dtype.itemsize)
+    if len(pinned) == len(pieces) and family.embedding != family.head and table <= ledger.free:
+        ledger.reserve("pinned embedding", table)
     return RuntimePlan(
         model=config.model_reference, family=model_type, dtype=str(family.dtype).removeprefix("torch."),
         vocabulary=family.vocabulary, memory=memory, ledger=dict(ledger.lines),
@@ -96,7 +104,7 @@ def make_plan(
         pinned_nbytes=sum(pieces[index].read_nbytes for index in pinned),
         streamed_nbytes_per_pass=sum(piece.read_nbytes for index, piece in enumerate(pieces) if index not in pinned),
         ring_nbytes=ring, kv_nbytes_per_token=family.kv.token_nbytes, kv_tokens=kv_tokens, max_context_tokens=context,
-        max_concurrent_requests=config.max_concurrent_requests, max_rows=max_rows, chunk_rows=chunk_rows,
+        max_concurrent_requests=config.max_concurrent_requests, max_answers=_answers(config), max_rows=max_rows, chunk_rows=chunk_rows,
         disk_backend=disk[0], disk_reason=disk[1],
     )  # fmt: skip
 
@@ -108,6 +116,8 @@ def _tokens(config: RuntimeConfig, family: Family, free: int) -> tuple[int, int]
         context = min(family.context, share)
         return context, min(context * config.max_concurrent_requests, share)
     context = config.max_context_tokens
+    if context > family.context:
+        raise ConfigError(f"max_context_tokens={context} is more than the {family.context} that this model was made for; give at most that")
     return context, max(context, min(context * config.max_concurrent_requests, share))
 
 
@@ -116,9 +126,14 @@ def _rows(config: RuntimeConfig, family: Family, kv_tokens: int, free: int) -> t
     chunk = config.dense_projection_chunk_rows or CHUNK_ROWS
     while config.dense_projection_chunk_rows is None and chunk > 32 and family.activation_nbytes(chunk) > free * ACTIVATION_SHARE:
         chunk //= 2
-    rows = max(int(free * ACTIVATION_SHARE) // _row_nbytes(family), chunk, config.max_concurrent_requests)
-    rows = min(rows, max(kv_tokens, config.max_concurrent_requests))
+    rows = max(int(free * ACTIVATION_SHARE) // _row_nbytes(family), chunk, _answers(config))
+    rows = min(rows, max(kv_tokens, _answers(config)))
     return rows, min(chunk, rows)
+
+
+def _answers(config: RuntimeConfig) -> int:
+    """Answers that may be in the making at once: one a request, or one request's many."""
+    return max(config.max_concurrent_requests, MAX_ANSWERS)
 
 
 def _row_nbytes(family: Family) -> int:

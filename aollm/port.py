@@ -29,13 +29,15 @@ class Port:
             self._reader.setblocking(False)
             self._writer.setblocking(False)
         self._pumping = anyio.CancelScope(shield=True)
+        self._closed = False
         self.polls: list[Callable[[], object]] = []
         """Called on every wake-up: a ring that signals `fd` by itself reaps its completions here."""
 
     def post(self, call: Callable[[], object]) -> None:
-        """Have `call()` run on the event loop; returns at once. Safe from any thread."""
-        self._calls.put(call)
-        self._wake()
+        """Have `call()` run on the event loop; returns at once. Safe from any thread, and nothing once the port is closed."""
+        if not self._closed:
+            self._calls.put(call)
+            self._wake()
 
     async def pump(self) -> None:
         """Run what is posted until `stop`: whoever is cancelled may still wait for what another thread finishes."""
@@ -61,7 +63,8 @@ class Port:
             call()
 
     def close(self) -> None:
-        """Give the descriptor back; nothing may be posted afterwards."""
+        """Give the descriptor back."""
+        self._closed = True
         if self._reader is None or self._writer is None:
             os.close(self.fd)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -25,7 +25,7 @@ from .disk.auto import open_disk
 from .disk.base import Disk
 from .embedding import Embedding
 from .engine import Engine
-from .errors import ModelError, RequestError
+from .errors import ConfigError, ModelError, RequestError
 from .families import FAMILIES
 from .families.base import Family
 from .plan import RuntimePlan, make_plan
@@ -33,7 +33,7 @@ from .port import Port
 from .probe import drive_speed, free_memory
 from .request import Request, Token
 from .sampling import Sampler
-from .settings import MAX_ANSWERS, GenerationConfig, RuntimeConfig
+from .settings import GenerationConfig, RuntimeConfig
 from .stores.pool import BlockPool
 from .stores.resident import ResidentStore
 from .stream import Choice, Completion, TokenStream, Usage
@@ -81,9 +81,12 @@ class Runtime:
         return cls(RuntimeConfig.of(model, fields), disk)
 
     async def __aenter__(self) -> Self:
+        if self._port is not None:
+            raise ConfigError("this runtime was opened before; ask Runtime.open for another one")
+        self._port = Port()
         await self._group.__aenter__()
         try:
-            await self._open()
+            await self._open(self._port)
         except BaseException as error:
             await self.__aexit__(type(error), error, error.__traceback__)
             raise
@@ -101,6 +104,8 @@ class Runtime:
         try:
             swallowed = await self._group.__aexit__(type(own) if own else None, own, trace if own else None)
         except BaseExceptionGroup as raised:
+            if own is not None and first_of(raised) is first_of(own):
+                return False
             raise first_of(raised) from raised
         finally:
             with anyio.CancelScope(shield=True):
@@ -133,7 +138,7 @@ class Runtime:
             self.engine.submit(request)
             return request
 
-        return TokenStream(submit)
+        return TokenStream(submit, self._post)
 
     async def generate(self, prompt: Prompt, generation: GenerationConfig | None = None, **fields: Any) -> Completion:
         """The whole answer to `prompt`, and how it was made."""
@@ -164,15 +169,16 @@ class Runtime:
         }  # fmt: skip
 
     def __repr__(self) -> str:
+        if not self._opened:
+            return f"<Runtime {self.config.model_reference}, not open>"
         return f"<Runtime {self.plan.family} on {self.plan.disk_backend}, {size(self.plan.streamed_nbytes_per_pass)} read a pass>"
 
-    async def _open(self) -> None:
+    async def _open(self, port: Port) -> None:
+        self._cleanup.append(_later(port.close))
+        self._group.start_soon(port.pump)
         folder = locate(self.config.model_reference)
         config = await read_json(folder / "config.json")
         self.text = await anyio.to_thread.run_sync(Text.load, folder)
-        self._port = port = Port()
-        self._cleanup.append(_later(port.close))
-        self._group.start_soon(port.pump)
         disk, reason = self._given_disk, "as given"
         if disk is None:
             disk, reason = open_disk(self.config.disk_backend, port, folder)
@@ -186,10 +192,9 @@ class Runtime:
         memory = self.config.memory or in_use + int(free_memory() * 0.9)
         self.plan = make_plan(self.config, str(config["model_type"]), family, pieces, memory, in_use, (disk.name, reason))
         weights = Weights(pieces, self.plan.pinned, self.plan.ring_nbytes, family.dtype, disk, self.trace)
-        sequences = min(self.config.max_concurrent_requests * MAX_ANSWERS, self.plan.kv_tokens)
         self._pool = BlockPool(
             self.plan.kv_tokens,
-            sequences,
+            self.plan.max_answers,
             self.plan.max_context_tokens,
             family.kv.layers,
             family.kv.heads,
@@ -201,6 +206,8 @@ class Runtime:
         await weights.pin()
         norm = await _read_norm(family, checkpoint, disk)
         embedding = Embedding(checkpoint[family.embedding], family, weights, disk, self.trace)
+        if "pinned embedding" in self.plan.ledger:
+            await embedding.pin()
 
         def release(lease: Lease) -> None:
             port.post(lease.release)
@@ -213,10 +220,15 @@ class Runtime:
             self._pool,
             partial(ResidentStore, self._pool),
             self.plan.max_rows,
-            self.config.max_concurrent_requests,
+            self.plan.max_concurrent_requests,
+            self.plan.max_answers,
         )
         self._group.start_soon(self._serve, port)
         self._opened = True
+
+    def _post(self, call: Callable[[], object]) -> None:
+        if self._port is not None:
+            self._port.post(call)
 
     async def _serve(self, port: Port) -> None:
         try:
@@ -231,7 +243,7 @@ class Runtime:
     async def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             ids = await anyio.to_thread.run_sync(self.text.encode, prompt)
-        elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
             raise RequestError(f"a prompt is text, a list of token ids or a list of messages, not {type(prompt).__name__}")
         elif all(isinstance(item, Mapping) for item in prompt):
             ids = await anyio.to_thread.run_sync(self.text.chat, [item for item in prompt if isinstance(item, Mapping)])
@@ -248,9 +260,13 @@ class Runtime:
 
 def locate(reference: str) -> Path:
     """The folder of a model's reference; `ModelError` when there is none."""
-    folder = ALIASES.get(reference) or Path(reference).expanduser()
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
+    try:
+        folder = ALIASES.get(reference) or Path(reference).expanduser()
+        found, exists = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"{reference[:200]!r} is not a path that can be looked up ({error}); give the folder of a model") from error
+    if not found:
+        what = "is a file, not a folder" if exists else "does not exist"
         raise ModelError(f"{reference} {what}; give the folder of a model (config.json and *.safetensors), or one of: {', '.join(ALIASES)}")
     return folder
 

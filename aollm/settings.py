@@ -22,7 +22,7 @@ def nbytes(value: object) -> int:
     """Bytes from a whole number or a text such as `"3GiB"` or `"800 MB"`; `ValueError` says what is accepted."""
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(value).lower())
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-z]*)\s*", str(value).lower())
     if found is None or found[2] not in UNITS or not float(found[1]):
         raise ValueError(f"a size such as '3GiB', '800MB' or a positive number of bytes, not {value!r}")
     return int(float(found[1]) * UNITS[found[2]])
@@ -86,6 +86,8 @@ class GenerationConfig(_Settings):
     @classmethod
     def of(cls, base: GenerationConfig | None, values: dict[str, Any]) -> GenerationConfig:
         """`base` changed by `values`; `stop` may be one string."""
+        if base is not None and not isinstance(base, GenerationConfig):
+            raise RequestError(f"a generation is a GenerationConfig, not {type(base).__name__}; give single settings by their names")
         merged = {**(dict(base) if base is not None else {}), **values}
         stop = merged.get("stop", ())
         merged["stop"] = (stop,) if isinstance(stop, str) else () if stop is None else tuple(stop) if isinstance(stop, list) else stop

@@ -6,19 +6,24 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
+import anyio
+
 from .request import Request, Token
 
 
 class TokenStream:
     """`async for token in stream`; or `async with stream:` around it, to end it at a place of one's choosing.
 
-    Leaving the loop early, or cancelling the task that reads, cancels the request within one layer.
+    Leaving the loop early, or cancelling the task that reads, cancels the request within one layer. A stream that is kept
+    in a variable cannot see that its loop was left: end it with `async with`, or `cancel`.
     """
 
-    def __init__(self, submit: Callable[[], Awaitable[Request]]) -> None:
+    def __init__(self, submit: Callable[[], Awaitable[Request]], post: Callable[[Callable[[], object]], None]) -> None:
         self._submit = submit
+        self._post = post
         self._request: Request | None = None
         self._ended = False
+        self._beginning = anyio.Lock()
 
     def __aiter__(self) -> Self:
         return self
@@ -28,9 +33,7 @@ class TokenStream:
         if self._ended:
             raise StopAsyncIteration
         try:
-            if self._request is None:
-                self._request = await self._submit()
-            token = await self._request.take()
+            token = await (await self._begun()).take()
         except BaseException:
             self.cancel()
             raise
@@ -41,8 +44,7 @@ class TokenStream:
 
     async def __aenter__(self) -> Self:
         """Submit the request now, so that it joins the next pass."""
-        if self._request is None:
-            self._request = await self._submit()
+        await self._begun()
         return self
 
     async def __aexit__(self, *raised: object) -> None:
@@ -64,9 +66,15 @@ class TokenStream:
         """How much of the pass under way is done, from 0 to 1: while a long prompt is prefilled, how far it has come."""
         return self._request.progress if self._request is not None else 0.0
 
+    async def _begun(self) -> Request:
+        async with self._beginning:  # several tasks may read one stream
+            if self._request is None:
+                self._request = await self._submit()
+            return self._request
+
     def __del__(self) -> None:
-        if self._request is not None:
-            self._request.cancel()
+        if self._request is not None and not self._request.closed:
+            self._post(self._request.cancel)  # whoever collects garbage may be another thread
 
     def __repr__(self) -> str:
         return f"<TokenStream {self._request or 'not begun'}>"

@@ -198,9 +198,8 @@ class Weights:
         return {name: arena.tensor(at + param.offset, param.dtype, param.shape).to(self._dtype) for name, param in piece.params.items()}
 
 
-def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first leaf of a group: callers at the public edge catch errors, not groups."""
-    error: BaseException = group
+def first_of(error: BaseException) -> BaseException:
+    """The first leaf of what may be a group: callers at the public edge catch errors, not groups."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

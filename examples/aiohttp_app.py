@@ -71,7 +71,8 @@ async def generate(request: web.Request) -> web.StreamResponse:
 
 async def stats(request: web.Request) -> web.Response:
     runtime = request.app[RUNTIME]
-    return web.json_response({"engine": repr(runtime.engine), "passes": runtime.engine.passes, **runtime.cache_state()})
+    engine = runtime.engine
+    return web.json_response({"riders": engine.riders, "waiting": engine.waiting, "passes": engine.passes, **runtime.cache_state()})
 
 
 def app(model: str = "demo", **fields: Any) -> web.Application:

@@ -80,7 +80,8 @@ class Generate:
 
 async def stats(request: Request) -> JSONResponse:
     runtime = request.app.state.runtime
-    return JSONResponse({"engine": repr(runtime.engine), "passes": runtime.engine.passes, **runtime.cache_state()})
+    engine = runtime.engine
+    return JSONResponse({"riders": engine.riders, "waiting": engine.waiting, "passes": engine.passes, **runtime.cache_state()})
 
 
 def app(model: str = "demo", **fields: Any) -> Starlette:

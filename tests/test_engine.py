@@ -875,7 +875,7 @@ async def test_the_profile_of_an_answer(folder: Path, tmp_path: Path, layers: in
         assert passes == 10 and profile["bytes_written"] == 0 and set(profile["storage_paths"]) <= PATHS
         assert profile["limiter"] in ("disk", "compute", "memory") and profile["fraction_of_bound"] > 0
         if layers is None:
-            assert profile["bytes_read"] == 0 and profile["storage_paths"] == []
+            assert profile["bytes_read"] <= 30 * 64 * 4  # rows of the embedding table
         else:
             wanted = runtime.plan.streamed_nbytes_per_pass * passes
             assert 0.7 * wanted <= profile["bytes_read"] <= 1.3 * wanted + runtime.plan.ring_nbytes

@@ -131,9 +131,7 @@ def text_of(lines: list[str]) -> str:
 async def stats(client: httpx.AsyncClient) -> tuple[int, int]:
     """Requests that ride or wait, and passes so far."""
     told = (await client.get("/stats")).json()
-    found = re.search(r"(\d+) riding, (\d+) waiting", told["engine"])
-    assert found is not None
-    return int(found[1]) + int(found[2]), told["passes"]
+    return told["riders"] + told["waiting"], told["passes"]
 
 
 async def empty(client: httpx.AsyncClient) -> int:

@@ -1,10 +1,11 @@
 """Our layers against transformers' on tiny models: every option, any chunking, any company, any placement."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import pytest
 import tiny
 import torch
@@ -78,15 +79,19 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
 
 
 @pytest.fixture(scope="session")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, tiny.Answer]]:
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Awaitable[tuple[Path, tiny.Answer]]]:
     """A model's folder and transformers' answer, made once."""
     made: dict[str, tuple[Path, tiny.Answer]] = {}
 
-    def get(name: str, make: Callable[[Path], int], dtype: torch.dtype = torch.float32) -> tuple[Path, tiny.Answer]:
+    async def get(name: str, make: Callable[[Path], int], dtype: torch.dtype = torch.float32) -> tuple[Path, tiny.Answer]:
         if name not in made:
             folder = tmp_path_factory.mktemp("model")
-            length = make(folder)
-            made[name] = folder, tiny.answer(tiny.load(folder, dtype), tiny.prompt(length))
+
+            def ask() -> tiny.Answer:
+                length = make(folder)
+                return tiny.answer(tiny.load(folder, dtype), tiny.prompt(length))
+
+            made[name] = folder, await anyio.to_thread.run_sync(ask)
         return made[name]
 
     return get
@@ -111,7 +116,7 @@ def same(ours: tiny.Answer, theirs: tiny.Answer, tolerance: float = 1e-4) -> Non
 @pytest.mark.parametrize("name", MODELS)
 async def test_every_option_of_a_model_gives_the_logits_of_transformers(kept: Any, name: str) -> None:
     kind, options, length = MODELS[name]
-    folder, theirs = kept(name, plain(kind, options, length))
+    folder, theirs = await kept(name, plain(kind, options, length))
     async with Runtime.open(folder, max_context_tokens=length + 16) as runtime:
         same(await tiny.ours(runtime, tiny.prompt(length)), theirs)
 
@@ -142,7 +147,7 @@ async def test_configs_in_the_style_of_transformers_4(kept: Any, name: str) -> N
             tiny.edit(folder, lambda config: (config.pop("head_dim"), config.pop("num_key_value_heads")))
         return 100
 
-    folder, theirs = kept(f"old {name}", make)
+    folder, theirs = await kept(f"old {name}", make)
     async with Runtime.open(folder) as runtime:
         same(await tiny.ours(runtime, tiny.prompt(100)), theirs)
 
@@ -151,7 +156,7 @@ async def test_configs_in_the_style_of_transformers_4(kept: Any, name: str) -> N
 @pytest.mark.parametrize("name", ["llama", "biases", "qwen3", "mistral", "head-80", "long", "yarn-mscale", "odd-sizes"])
 async def test_half_precision_is_within_rounding(kept: Any, name: str, dtype: torch.dtype) -> None:
     kind, options, length = MODELS[name]
-    folder, theirs = kept(f"{dtype} {name}", plain(kind, options, length, dtype=dtype), dtype)
+    folder, theirs = await kept(f"{dtype} {name}", plain(kind, options, length, dtype=dtype), dtype)
     async with Runtime.open(folder, max_context_tokens=length + 16) as runtime:
         ours = await tiny.ours(runtime, tiny.prompt(length), 1)
     error = float((ours.logprobs[0] - theirs.logprobs[0]).abs().max())
@@ -161,7 +166,7 @@ async def test_half_precision_is_within_rounding(kept: Any, name: str, dtype: to
 @pytest.mark.parametrize("name", ["llama", "tied", "qwen2"])
 async def test_a_sharded_checkpoint_is_the_same_model(kept: Any, name: str) -> None:
     kind, options, length = MODELS[name]
-    folder, theirs = kept(f"sharded {name}", plain(kind, options, length, shard="30KB"))
+    folder, theirs = await kept(f"sharded {name}", plain(kind, options, length, shard="30KB"))
     assert len(list(folder.glob("*.safetensors"))) > 5
     for layers in (None, 0):
         async with Runtime.open(folder, offload_cpu_layers=layers) as runtime:
@@ -178,7 +183,7 @@ async def test_norms_and_biases_may_have_another_dtype_than_matrices(kept: Any, 
         save_file({name: t.to(norms if name in small else matrices) for name, t in tensors.items()}, folder / "model.safetensors")
         return 21
 
-    folder, theirs = kept(f"mixed {matrices} {norms}", make, matrices)
+    folder, theirs = await kept(f"mixed {matrices} {norms}", make, matrices)
     for layers in (None, 0):
         async with Runtime.open(folder, offload_cpu_layers=layers) as runtime:
             ours = await tiny.ours(runtime, tiny.prompt(21), 1)
@@ -189,7 +194,7 @@ async def test_norms_and_biases_may_have_another_dtype_than_matrices(kept: Any, 
 @pytest.mark.parametrize("shift", [1, 2, 5, 4095])
 async def test_weights_may_begin_at_any_byte_of_a_file(kept: Any, tmp_path: Path, shift: int) -> None:
     """The format does not ask for aligned data; a header padded with blanks moves all of it."""
-    folder, theirs = kept("odd-sizes", plain(*MODELS["odd-sizes"]))
+    folder, theirs = await kept("odd-sizes", plain(*MODELS["odd-sizes"]))
     data = (folder / "model.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
     header, rest = data[8 : 8 + length] + b" " * shift, data[8 + length :]
@@ -206,10 +211,10 @@ LONG = 1100
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("rows", [1, 3, 16, None])
 async def test_chunks_of_any_size_and_riders_change_nothing(kept: Any, rows: int | None, streamed: bool) -> None:
-    folder, theirs = kept("long", plain(*MODELS["long"]))
+    folder, theirs = await kept("long", plain(*MODELS["long"]))
     length = LONG if rows != 1 else 60
     if rows == 1:
-        _, theirs = kept("long at 60", lambda f: tiny.save(f, **MODELS["long"][1]) and 60)
+        _, theirs = await kept("long at 60", lambda f: tiny.save(f, **MODELS["long"][1]) and 60)
     others = {1: 7, 2: 40, 3: 130}
     found: dict[int, list[int]] = {}
     options: dict[str, Any] = {"max_context_tokens": length + 160, "offload_cpu_layers": 0 if streamed else None}
@@ -236,7 +241,7 @@ DISKS = ["threads", "uring", "portable", "memory"]
 @pytest.mark.parametrize("disk", DISKS)
 @pytest.mark.parametrize("layers", [0, 1, 2, None])
 async def test_placement_disk_and_depth_do_not_change_a_bit(kept: Any, layers: int | None, disk: str, depth: int) -> None:
-    folder, _ = kept("tied", plain(*MODELS["tied"]))
+    folder, _ = await kept("tied", plain(*MODELS["tied"]))
     options: dict[str, Any] = {"disk": MemoryDisk.of(folder)} if disk == "memory" else {"disk_backend": disk}
     async with Runtime.open(folder) as runtime:
         assert not runtime.plan.streamed_nbytes_per_pass
@@ -250,7 +255,7 @@ async def test_placement_disk_and_depth_do_not_change_a_bit(kept: Any, layers: i
 
 @pytest.mark.parametrize("policy", ["auto", "prefix", "suffix", "middle-band"])
 async def test_the_policy_says_which_layers_stay(kept: Any, policy: str) -> None:
-    folder, theirs = kept("llama", plain(*MODELS["llama"]))
+    folder, theirs = await kept("llama", plain(*MODELS["llama"]))
     async with Runtime.open(folder, offload_cpu_layers=1, offload_cpu_policy=policy) as runtime:
         stays = {"auto": 1, "prefix": 0, "suffix": 2, "middle-band": 1}[policy]
         places = dict(zip(runtime.plan.pieces, runtime.plan.placement, strict=True))

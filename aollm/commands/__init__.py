@@ -8,10 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import anyio
-
 from ..errors import ConfigError, RequestError
-from ..runtime import Runtime
 from ..settings import GenerationConfig, RuntimeConfig
 
 
@@ -28,10 +25,3 @@ def generation_config(options: Mapping[str, Any]) -> GenerationConfig:
     except RequestError as error:
         raise ConfigError(str(error)) from None
     return config
-
-
-async def idle(runtime: Runtime) -> None:
-    """Wait, whatever comes, until cancelled requests have left the pass under way: a runtime is closed between passes."""
-    with anyio.CancelScope(shield=True):
-        while runtime.cache_state()["reserved_tokens"]:  # noqa: ASYNC110  a request's end sets no event
-            await anyio.sleep(0.005)

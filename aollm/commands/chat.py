@@ -21,7 +21,7 @@ from ..runtime import Runtime
 from ..settings import GenerationConfig
 from ..stream import TokenStream
 from ..terminal import Row, Terminal
-from . import generation_config, idle, runtime_config
+from . import generation_config, runtime_config
 from .transcript import Message, load, save
 
 HELP = """\
@@ -44,10 +44,7 @@ def main(terminal: Terminal, options: Mapping[str, Any]) -> int:
         with portal.wrap_async_context_manager(runtime):
             terminal.status(None)
             runtime.text.render([{"role": "user", "content": "hello"}])  # a model without a chat template is refused here
-            try:
-                Chat(terminal, portal, runtime, generation, system).talk()
-            finally:
-                portal.call(idle, runtime)
+            Chat(terminal, portal, runtime, generation, system).talk()
     return 0
 
 

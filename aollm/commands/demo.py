@@ -19,7 +19,6 @@ from ..meter import Meter, amount, count, memory, opening, rate, speed
 from ..runtime import Runtime
 from ..terminal import Row, Terminal
 from ..weights import first_of
-from . import idle
 
 PROMPT = "Once upon a time"
 PROMPTS = (
@@ -64,7 +63,6 @@ async def _show(terminal: Terminal, limit: int) -> None:
         _draw_passes(terminal, runtime)
         _tell_figures(terminal, runtime, one)
         await _write_together(terminal, runtime, one["tokens_per_second"])
-        await idle(runtime)
     terminal.line()
     terminal.line([("  Next", "bold")])
     for command, meaning in NEXT:

@@ -15,7 +15,7 @@ from ..request import Token
 from ..runtime import Prompt, Runtime
 from ..settings import GenerationConfig, RuntimeConfig
 from ..terminal import Terminal
-from . import generation_config, idle, runtime_config
+from . import generation_config, runtime_config
 
 
 def main(terminal: Terminal, options: Mapping[str, Any]) -> int:
@@ -85,8 +85,6 @@ async def _answer(config: RuntimeConfig, prompt: Prompt, generation: GenerationC
         else:
             answer.end(meter)
         finally:
-            stream.cancel()
-            await idle(runtime)
             if trace:
                 runtime.trace.save(trace)
 

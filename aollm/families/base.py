@@ -118,6 +118,6 @@ def positive(config: Mapping[str, Any], key: str, default: float) -> float:
     """A positive finite number of `config.json`."""
     value = config.get(key)
     value = default if value is None else value
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e300:
         raise ModelError(f"config.json: {key} must be a positive number, found {value!r}")
     return float(value)

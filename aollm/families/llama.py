@@ -31,15 +31,23 @@ class Variant:
 
 
 def _mistral_window(config: Mapping[str, Any], layer: int) -> int | None:
-    return config.get("sliding_window")
+    return None if config.get("sliding_window") is None else count(config, "sliding_window", most=1 << 30)
 
 
 def _qwen_window(config: Mapping[str, Any], layer: int) -> int | None:
     if not config.get("use_sliding_window"):
         return None
+    window = count(config, "sliding_window", 4096, most=1 << 30)
     kinds = config.get("layer_types")
-    slides = kinds[layer] == "sliding_attention" if kinds else layer >= config.get("max_window_layers", 28)
-    return config.get("sliding_window", 4096) if slides else None
+    if kinds is None:
+        full = config.get("max_window_layers", 28)
+        if not isinstance(full, int):
+            raise ModelError(f"config.json: max_window_layers must be a whole number, found {full!r}")
+        return window if layer >= full else None
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or layer >= len(kinds) or kinds[layer] not in known:
+        raise ModelError(f"config.json: layer_types must name one of {', '.join(known)} for each layer, found {kinds!r}")
+    return window if kinds[layer] == "sliding_attention" else None
 
 
 VARIANTS: dict[str, Variant] = {
@@ -66,7 +74,8 @@ class Llama:
         if self.heads % self.kv_heads:
             raise ModelError(f"config.json: num_attention_heads ({self.heads}) must be a multiple of num_key_value_heads ({self.kv_heads})")
         self.eps = positive(config, "rms_norm_eps", 1e-6)
-        if (act := config.get("hidden_act", "silu")) not in ACTIVATIONS:
+        act = config.get("hidden_act", "silu")
+        if not isinstance(act, str) or act not in ACTIVATIONS:
             raise ModelError(f"config.json: hidden_act {act!r} is not known; known are {', '.join(ACTIVATIONS)}")
         self.act = ACTIVATIONS[act]
         self.rope = Rope.from_config(config, self.head_dim, variant.theta)

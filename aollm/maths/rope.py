@@ -29,21 +29,34 @@ class Rope:
     @classmethod
     def from_config(cls, config: Mapping[str, Any], head_dim: int, theta: float = 10_000.0) -> Rope:
         """Read `rope_parameters`, or `rope_theta` and `rope_scaling` as older configs have it; `ModelError` when malformed."""
-        given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-        kind = given.get("rope_type", given.get("type", "default"))
-        base = float(given.get("rope_theta") or config.get("rope_theta") or theta)
-        context = int(config.get("max_position_embeddings", 2048))
-        given.setdefault("original_max_position_embeddings", config.get("original_max_position_embeddings") or context)
-        dim = int(head_dim * (given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0))
-        if kind not in _KINDS:
-            raise ModelError(f"config.json: rope type {kind!r} is not known; known are {', '.join(_KINDS)}")
+        kind: object = "unread"
         try:
+            given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+            kind = given.get("rope_type", given.get("type", "default"))
+            if not isinstance(kind, str) or kind not in _KINDS:
+                raise ModelError(f"config.json: rope type {kind!r} is not known; known are {', '.join(_KINDS)}")
+            base = float(given.get("rope_theta") or config.get("rope_theta") or theta)
+            context = int(config.get("max_position_embeddings") or 2048)
+            given.setdefault("original_max_position_embeddings", config.get("original_max_position_embeddings") or context)
+            if not given["original_max_position_embeddings"] > 0:
+                raise ValueError("original_max_position_embeddings must be positive")
+            part = float(given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
+            dim = int(head_dim * part)
+            if odd := [name for name, value in given.items() if isinstance(value, int | float) and not 0 <= value < math.inf]:
+                raise ModelError(f"config.json: {odd[0]} of the rope parameters must be a positive number, found {given[odd[0]]!r}")
             scale, frequencies = _KINDS[kind](given, base, dim, context)
-            probe = frequencies(1)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError, RuntimeError, OverflowError) as error:
-            raise ModelError(f"config.json: the parameters of rope type {kind!r} are incomplete or malformed: {error!r}") from error
-        if probe.shape != (dim // 2,) or not bool(torch.isfinite(probe).all()):
-            raise ModelError(f"config.json: rope type {kind!r} needs {dim // 2} finite frequencies, its factors give {tuple(probe.shape)}")
+            probes = [frequencies(1), frequencies(1 << 30)]
+        except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+            raise ModelError(f"config.json: the rope parameters (type {kind!r}) are incomplete or malformed: {error!r}") from error
+        if not (0 < part <= 1 and 0 < scale < math.inf and 0 < base < math.inf):
+            raise ModelError(
+                f"config.json: rope type {kind!r}: theta, scale and partial_rotary_factor (at most 1) must be positive and finite"
+            )
+        for probe in probes:
+            if probe.shape != (dim // 2,) or not bool((torch.isfinite(probe) & (probe > 0)).all()):
+                raise ModelError(
+                    f"config.json: rope type {kind!r} needs {dim // 2} finite positive frequencies; its factors do not give them"
+                )
         return cls(dim, scale, frequencies)
 
     def angles(self, positions: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -135,7 +148,11 @@ def _longrope(given: Mapping[str, Any], base: float, dim: int, context: int) -> 
     scale = given.get("attention_factor")
     if scale is None:
         scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-    short, long = (1.0 / (torch.tensor(given[key], dtype=torch.float32) * _powers(base, dim)) for key in ("short_factor", "long_factor"))
+    powers = _powers(base, dim)
+    factors = [torch.tensor(given[key], dtype=torch.float32) for key in ("short_factor", "long_factor")]
+    if any(each.shape != powers.shape for each in factors):
+        raise ValueError(f"short_factor and long_factor must have {dim // 2} numbers each")
+    short, long = (1.0 / (each * powers) for each in factors)
     return float(scale), lambda length: long if length > original else short
 
 
