@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .buffers import Ledger, pages
-from .errors import ConfigError
 from .families.base import Family
 from .placement import band, ring_nbytes, spread
 from .settings import MAX_ANSWERS, RuntimeConfig
@@ -65,10 +64,7 @@ class RuntimePlan:
 def make_plan(
     config: RuntimeConfig, model_type: str, family: Family, pieces: Sequence[Piece], memory: int, in_use: int, disk: tuple[str, str]
 ) -> RuntimePlan:
-    """Divide `memory` bytes, of which the process already has `in_use`.
-
-    Raises `MemoryBudgetError` with the largest parts, `ConfigError` for a context that the model does not have.
-    """
+    """Divide `memory` bytes, of which the process already has `in_use`. Raises `MemoryBudgetError` with the largest parts."""
     ledger = Ledger(memory)
     ledger.lines["interpreter and libraries"] = in_use
     ledger.lines["slack"] = SLACK
@@ -116,8 +112,6 @@ def _tokens(config: RuntimeConfig, family: Family, free: int) -> tuple[int, int]
         context = min(family.context, share)
         return context, min(context * config.max_concurrent_requests, share)
     context = config.max_context_tokens
-    if context > family.context:
-        raise ConfigError(f"max_context_tokens={context} is more than the {family.context} that this model was made for; give at most that")
     return context, max(context, min(context * config.max_concurrent_requests, share))
 
 
