@@ -1,4 +1,7 @@
-"""What machine this is and how fast its drive reads, without names of hosts, users or folders."""
+"""What machine this is and how fast its drive reads, without names of hosts, users or folders.
+
+It does not import aollm, whose settings for torch's threads the systems under comparison would inherit.
+"""
 
 from __future__ import annotations
 
