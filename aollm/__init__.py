@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 
 # torch's threads meet after every operation, and by default each burns its core until the slowest is there. Beside any
 # other busy process that makes a pass 3 to 4 times slower; with short spins it does not. Read once, when torch is loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 _HOMES = {
     "errors": (

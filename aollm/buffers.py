@@ -6,6 +6,7 @@ fit. An arena is page-aligned memory that a drive can read into and torch can co
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import sys
 from collections import deque
@@ -87,6 +88,11 @@ class Arena:
         if not count:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(shape)
+
+    def move(self, source: int, target: int, nbytes: int) -> None:
+        """Copy bytes within the arena; the two ranges may overlap. Other threads go on running."""
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        ctypes.memmove(start + target, start + source, nbytes)
 
     def drop(self, offset: int, nbytes: int) -> None:
         """Give the pages back to the system; they read as zero until written again. Both multiples of `PAGE`."""

@@ -66,6 +66,7 @@ def sweep(model: Model, batch: Batch, x: Tensor) -> Generator[Wait, Any, tuple[B
             yield Leave(batch, stay)
             batch = stay
         if not batch.segments:
+            logits = logits[:0]
             break
         weights, lease = model.weights.pinned(index), None
         if weights is None:

@@ -259,7 +259,7 @@ class Typist:
 @pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=["colour", "no-colour", "dumb"])
 def test_a_terminal_shows_a_status(environment: dict[str, str]) -> None:
     with Typist("run", "demo", PROMPT, *GREEDY, "--offload-cpu-layers", "1", **environment) as typist:
-        assert typist.end() == 0
+        assert typist.end() == 0, typist.shown
     assert bool(COLOUR.search(typist.shown)) == (not environment)
     assert (b"\x1b7" in typist.shown) == ("TERM" not in environment)
     assert (b"loading" in typist.shown) == ("TERM" not in environment)
@@ -282,4 +282,4 @@ def test_chat_in_a_terminal_survives_interrupts() -> None:
         typist.until(b"2 messages")
         typist.until(b"> ")
         typist.type(b"\x04")
-        assert typist.end() == 0
+        assert typist.end() == 0, typist.shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -47,23 +48,31 @@ async def _plan(config: RuntimeConfig) -> tuple[RuntimePlan, float | None]:
     described = await read_json(folder / "config.json")
     await anyio.to_thread.run_sync(Text.load, folder)  # a run has it in memory, and fails without it
     port = Port()
-    async with anyio.create_task_group() as group:
-        group.start_soon(port.pump)
-        disk, reason = open_disk(config.disk_backend, port, folder)
-        try:
-            checkpoint = await open_checkpoint(folder, disk)
-            family = build_family(described, checkpoint)
-            pieces = pieces_of(family, checkpoint)
-            in_use = psutil.Process().memory_info().rss
-            memory = config.memory or in_use + int(free_memory() * 0.9)
-            plan = make_plan(config, str(described["model_type"]), family, pieces, memory, in_use, (disk.name, reason))
-            streamed = [extent for index, piece in enumerate(pieces) if index not in plan.pinned for extent, _ in piece.reads]
-            drive = await drive_speed(disk, streamed, Ring(plan.ring_nbytes), PROBE_NBYTES) if streamed else None
-        finally:
-            await disk.aclose()
-            group.cancel_scope.cancel()
-    port.close()
-    return plan, drive
+    try:
+        async with anyio.create_task_group() as group:
+            group.start_soon(port.pump)
+            try:
+                found = await _measured(config, folder, described, port)
+            finally:
+                port.stop()
+    finally:
+        port.close()
+    return found
+
+
+async def _measured(config: RuntimeConfig, folder: Path, described: Mapping[str, Any], port: Port) -> tuple[RuntimePlan, float | None]:
+    disk, reason = open_disk(config.disk_backend, port, folder)
+    try:
+        checkpoint = await open_checkpoint(folder, disk)
+        family = build_family(described, checkpoint)
+        pieces = pieces_of(family, checkpoint)
+        in_use = psutil.Process().memory_info().rss
+        memory = config.memory or in_use + int(free_memory() * 0.9)
+        plan = make_plan(config, str(described["model_type"]), family, pieces, memory, in_use, (disk.name, reason))
+        streamed = [extent for index, piece in enumerate(pieces) if index not in plan.pinned for extent, _ in piece.reads]
+        return plan, await drive_speed(disk, streamed, Ring(plan.ring_nbytes), PROBE_NBYTES) if streamed else None
+    finally:
+        await disk.aclose()
 
 
 def _print(terminal: Terminal, plan: RuntimePlan, drive: float | None) -> None:

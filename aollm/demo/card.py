@@ -90,6 +90,7 @@ def write_card(folder: Path, count: int = 100) -> str:
     whole, short = perplexity(model, ids), perplexity(model, ids, 512)
     half = perplexity(model.to(torch.bfloat16), ids)
     samples = [write(model, tokenizer, prompt) for prompt in PROMPTS]
+    resumed = "".join(f"; stopped and resumed (new optimizer) at step {step:,}" for step in figures.get("resumed", []))
     table = "\n".join(f"| {near:,} to {far:,} | {n} | {share:.0%} |" for (near, far, n), share in zip(asked, shares, strict=True))
     card = f"""# The bundled model of aollm
 
@@ -107,7 +108,7 @@ so that the demo and the tests have a real model without a download. It knows no
 | training | |
 |---|---|
 | command | `python -m aollm.demo.train --seed {figures["seed"]} --steps {figures["steps"]}` |
-| tokens | {figures["tokens"]:,} in {figures["steps"]:,} steps, no text twice |
+| tokens | {figures["tokens"]:,} in {figures["steps"]:,} steps, no text twice{resumed} |
 | loss, mean of the last 50 steps | {figures["loss"]:.3f} |
 | time | {figures["seconds"] / 60:.0f} minutes on two shared cores |
 

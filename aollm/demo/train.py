@@ -1,4 +1,4 @@
-"""Trains the bundled model: `python -m aollm.demo.train`, about three quarters of an hour on two cores.
+"""Trains the bundled model: `python -m aollm.demo.train`, about half an hour on two cores.
 
 First the tokenizer (byte-level BPE, digits apart), then a small llama on text that `corpus` writes as
 it goes: short rows first, 2,048 tokens at the end, there with jumps in the positions so that far ones
@@ -159,7 +159,7 @@ def batches(tokenizer: Tokenizer, seed: int, steps: int, first: int) -> Iterator
     for number, stage in enumerate(STAGES):
         source, rng = rows(tokenizer, seed + 10 + number, stage.length, stage.smallest, stage.largest), Random(seed)
         places = torch.arange(stage.length).expand(stage.rows, stage.length)
-        start, done = max(first, done), done + round(stage.share * steps)
+        start, done = max(first, done), steps if stage is STAGES[-1] else done + round(stage.share * steps)
         for _ in range(start, done):
             batch = [next(source) for _ in range(stage.rows)]
             if stage.length == LONG:
@@ -210,6 +210,7 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path, figures: d
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: p.detach().to(torch.bfloat16) for name, p in model.named_parameters()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner only
     tokenizer.save(str(folder / "tokenizer.json"))
     # both spellings: rope_parameters and dtype are transformers 5, rope_theta and torch_dtype are everybody else
     config = model.config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
@@ -250,6 +251,7 @@ def main() -> None:
     figures: dict[str, Any] = dict(seed=options.seed, steps=options.steps, done=0, tokens=0, seconds=0.0, loss=0.0)
     if options.resume:
         figures = json.loads((options.output / "training.json").read_text())
+        figures["resumed"] = [*figures.get("resumed", []), figures["done"]]
         load_model(model, str(options.output / "model.safetensors"), strict=False)
     ids = tokenizer.encode(heldout(options.seed)).ids
     losses: list[float] = []

@@ -114,10 +114,10 @@ class Llama:
         """x + attention(norm(x))."""
         rows = x.shape[0]
         qkv = linear(rms_norm(x, w["norm"], self.eps), w["qkv"], w.get("qkv_bias"))  # [T, (H + 2 K) D]
-        q, k, v = qkv.view(rows, -1, self.head_dim).split_with_sizes((self.heads, self.kv_heads, self.kv_heads), dim=1)  # [T, H or K, D]
+        qk, v = qkv.view(rows, -1, self.head_dim).split_with_sizes((self.heads + self.kv_heads, self.kv_heads), dim=1)
         if "q_norm" in w:
-            q, k = rms_norm(q, w["q_norm"], self.eps), rms_norm(k, w["k_norm"], self.eps)
-        q, k = rotate(q, *angles), rotate(k, *angles)
+            qk = torch.cat((rms_norm(qk[:, : self.heads], w["q_norm"], self.eps), rms_norm(qk[:, self.heads :], w["k_norm"], self.eps)), 1)
+        q, k = rotate(qk, *angles).split_with_sizes((self.heads, self.kv_heads), dim=1)  # [T, H, D], [T, K, D]
         o = yield Attend(layer, q, k, v, self.head_dim**-0.5, window)  # [T, H, D]
         return x + linear(o.reshape(rows, -1), w["o"], w.get("o_bias"))
 

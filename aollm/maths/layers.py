@@ -22,8 +22,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm of x [..., hidden] (Zhang and Sennrich, 2019), in float32, scaled in x's dtype as Llama does."""
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return weight * functional.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype)
 
 
 def gated_mlp(
