@@ -21,7 +21,7 @@ soak: $(READY)
 	@.venv/bin/python -m pytest -q -m soak --timeout=3600
 
 bench: $(READY)
-	@.venv/bin/python -m aollm.bench
+	@.venv/bin/python -m aollm.bench overlap demo --offload-cpu-layers 0
 
 clean:  # .venv and .bench (model files) are kept: both cost minutes to make again
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -36,23 +36,23 @@ class _Done:
     value: Any
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much there may be at once: rows of a pass, requests that ride, answers in the making."""
+
+    rows: int
+    requests: int
+    answers: int
+
+
 class Engine:
     """Serves requests with one model until it is cancelled."""
 
     def __init__(
-        self,
-        model: Model,
-        embedding: Embedding,
-        compute: Compute,
-        pool: BlockPool,
-        new_store: Callable[[], Store],
-        max_rows: int,
-        max_requests: int,
-        max_answers: int,
+        self, model: Model, embedding: Embedding, compute: Compute, pool: BlockPool, new_store: Callable[[], Store], limits: Limits
     ) -> None:
         self._model, self._embedding, self._compute = model, embedding, compute
-        self._pool, self._new_store = pool, new_store
-        self._max_rows, self._max_requests, self._max_answers = max_rows, max_requests, max_answers
+        self._pool, self._new_store, self._limits = pool, new_store, limits
         self._inbox: deque[Request] = deque()
         self._riders: list[Request] = []
         self._work = anyio.Event()
@@ -142,7 +142,7 @@ class Engine:
             reply = await self._answer(step)
             self._model.trace.add(Event("stall", start, perf_counter(), label="load"))
 
-    async def _emit(self, batch: Batch, draws: list[list[Draw]]) -> None:
+    async def _emit(self, batch: Batch, draws: list[list[Draw] | AollmError]) -> None:
         """Move the answers on by their rows, and hand out what was sampled."""
         sampled = iter(draws)
         for segment in batch.segments:
@@ -151,10 +151,14 @@ class Engine:
             if not segment.ends_input:
                 answer.pending = answer.pending[segment.rows :]
                 continue
-            for choice, draw in zip(_drawing(answer), next(sampled), strict=True):
-                if choice.store is None:  # its siblings go on from the prompt that the first one prefilled
-                    choice.store, choice.position = segment.store.fork(), answer.position
-                request.accept(choice, draw)
+            drawn = next(sampled)
+            if isinstance(drawn, AollmError):
+                request.close(drawn)
+            else:
+                for choice, draw in zip(_drawing(answer), drawn, strict=True):
+                    if choice.store is None:  # its siblings go on from the prompt that the first one prefilled
+                        choice.store, choice.position = segment.store.fork(), answer.position
+                    request.accept(choice, draw)
             if not request.live:
                 await self._retire(request)
 
@@ -173,7 +177,7 @@ class Engine:
             request.close()
             return True
         answers = sum(len(rider.answers) for rider in self._riders) + len(request.answers)
-        if len(self._riders) >= self._max_requests or (self._riders and answers > self._max_answers):
+        if len(self._riders) >= self._limits.requests or (self._riders and answers > self._limits.answers):
             return False
         if not self._pool.reserve(request.tokens_at_most):
             return False
@@ -184,7 +188,7 @@ class Engine:
 
     def _pack(self, ready: list[Answer]) -> Batch:
         decoding = [answer for answer in ready if answer.produced]
-        room = self._max_rows - len(decoding)
+        room = self._limits.rows - len(decoding)
         parts = [(answer, 1) for answer in decoding]
         for answer in (answer for answer in ready if not answer.produced):
             rows = min(len(answer.pending), room, RIDING_ROWS if decoding else room)
@@ -231,9 +235,14 @@ def _drawing(answer: Answer) -> list[Answer]:
     return [answer] if answer.produced else answer.request.answers
 
 
-def _sample(batch: Batch, logits: Tensor) -> list[list[Draw]]:
-    """A draw for each answer of each segment whose input ended. Runs in the compute thread."""
-    ends: list[Segment] = [segment for segment in batch.segments if segment.ends_input]
-    return [
-        [choice.sampler.draw(row, choice.history) for choice in _drawing(segment.answer)] for segment, row in zip(ends, logits, strict=True)
-    ]
+def _sample(batch: Batch, logits: Tensor) -> list[list[Draw] | AollmError]:
+    """For each segment whose input ended a draw for each of its answers, or why there is none. Runs in the compute thread."""
+    ends = [segment for segment in batch.segments if segment.ends_input]
+    return [_draw(segment, row) for segment, row in zip(ends, logits, strict=True)]
+
+
+def _draw(segment: Segment, row: Tensor) -> list[Draw] | AollmError:
+    try:
+        return [choice.sampler.draw(row, choice.history) for choice in _drawing(segment.answer)]
+    except AollmError as error:  # such as logits that are not numbers: the others are not affected
+        return error

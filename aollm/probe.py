@@ -13,9 +13,10 @@ from .buffers import PAGE, Ring
 from .disk.base import Disk, Extent
 
 CHUNK = 32 << 20
+PROBE_NBYTES = 256 << 20
 
 
-async def drive_speed(disk: Disk, extents: Sequence[Extent], ring: Ring, nbytes: int) -> float:
+async def drive_speed(disk: Disk, extents: Sequence[Extent], ring: Ring, nbytes: int = PROBE_NBYTES) -> float:
     """Bytes per second of reading about `nbytes` of `extents` the way weights are read: same files, same pieces, two
     chunks of the ring at a time. The first chunks only warm up: memory that was never touched takes time of its own."""
     chunk = min(CHUNK, ring.arena.nbytes // 2 // PAGE * PAGE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,37 +14,32 @@ from typing import Any, Self
 
 import anyio
 import anyio.to_thread
-import psutil
 import torch
 from anyio.abc import TaskGroup
 
 from .buffers import Arena, Lease, size
-from .checkpoint import Checkpoint, open_checkpoint, read_json
+from .checkpoint import Checkpoint
 from .compute import Compute
-from .demo import MODEL as DEMO
 from .disk.auto import open_disk
 from .disk.base import Disk
 from .embedding import Embedding
-from .engine import Engine
-from .errors import ConfigError, ModelError, RequestError
-from .families import FAMILIES
+from .engine import Engine, Limits
+from .errors import ConfigError, RequestError
 from .families.base import Family
-from .plan import RuntimePlan, make_plan
+from .plan import RuntimePlan
 from .port import Port
-from .probe import drive_speed, free_memory
+from .probe import drive_speed
 from .request import Request, Token
 from .sampling import Sampler
 from .settings import GenerationConfig, RuntimeConfig
 from .stores.pool import BlockPool
 from .stores.resident import ResidentStore
 from .stream import Choice, Completion, TokenStream, Usage
+from .survey import locate, survey
 from .sweep import Model
 from .text import Text
 from .trace import Trace, profile
-from .weights import Piece, Weights, check_shape, dtype_of, first_of, pieces_of
-
-ALIASES: dict[str, Path] = {"demo": DEMO}
-PROBE_NBYTES = 256 << 20
+from .weights import Weights, check_shape, dtype_of, first_of
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
@@ -177,52 +173,31 @@ class Runtime:
         self._cleanup.append(_later(port.close))
         self._group.start_soon(port.pump)
         folder = locate(self.config.model_reference)
-        config = await read_json(folder / "config.json")
-        self.text = await anyio.to_thread.run_sync(Text.load, folder)
         disk, reason = self._given_disk, "as given"
         if disk is None:
             disk, reason = open_disk(self.config.disk_backend, port, folder)
             self._cleanup.append(disk.aclose)
-        compute = Compute(port, os.cpu_count() or 1)
+        compute = Compute(port, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
         self._cleanup.append(_later(compute.close))
-        checkpoint = await open_checkpoint(folder, disk)
-        self._family = family = build_family(config, checkpoint)
-        pieces = pieces_of(family, checkpoint)
-        in_use = psutil.Process().memory_info().rss
-        memory = self.config.memory or in_use + int(free_memory() * 0.9)
-        self.plan = make_plan(self.config, str(config["model_type"]), family, pieces, memory, in_use, (disk.name, reason))
-        weights = Weights(pieces, self.plan.pinned, self.plan.ring_nbytes, family.dtype, disk, self.trace)
-        self._pool = BlockPool(
-            self.plan.kv_tokens,
-            self.plan.max_answers,
-            self.plan.max_context_tokens,
-            family.kv.layers,
-            family.kv.heads,
-            family.kv.head_dim,
-            family.dtype,
-        )
+        found = await survey(self.config, folder, disk, reason)
+        self.text, self.plan, self._family = found.text, found.plan, found.family
+        family, plan, kv = found.family, found.plan, found.family.kv
+        weights = Weights(found.pieces, plan.pinned, plan.ring_nbytes, family.dtype, disk, self.trace)
+        self._pool = BlockPool(plan.kv_tokens, plan.max_answers, plan.max_context_tokens, kv.layers, kv.heads, kv.head_dim, kv.dtype)
         if weights.streamed:
-            self.drive_bytes_per_second = await self._probe(pieces, weights, disk)
+            self.drive_bytes_per_second = await drive_speed(disk, weights.streamed_extents, weights.ring)
         await weights.pin()
-        norm = await _read_norm(family, checkpoint, disk)
-        embedding = Embedding(checkpoint[family.embedding], family, weights, disk, self.trace)
-        if "pinned embedding" in self.plan.ledger:
+        norm = await _read_norm(family, found.checkpoint, disk)
+        embedding = Embedding(found.checkpoint[family.embedding], family, weights, disk, self.trace)
+        if "pinned embedding" in plan.ledger:
             await embedding.pin()
 
         def release(lease: Lease) -> None:
             port.post(lease.release)
 
-        model = Model(family, weights, norm, self.plan.chunk_rows, self.trace, release)
-        self.engine = Engine(
-            model,
-            embedding,
-            compute,
-            self._pool,
-            partial(ResidentStore, self._pool),
-            self.plan.max_rows,
-            self.plan.max_concurrent_requests,
-            self.plan.max_answers,
-        )
+        model = Model(family, weights, norm, plan.chunk_rows, self.trace, release)
+        limits = Limits(plan.max_rows, plan.max_concurrent_requests, plan.max_answers)
+        self.engine = Engine(model, embedding, compute, self._pool, partial(ResidentStore, self._pool), limits)
         self._group.start_soon(self._serve, port)
         self._opened = True
 
@@ -235,10 +210,6 @@ class Runtime:
             await self.engine.run()
         finally:
             port.stop()
-
-    async def _probe(self, pieces: Sequence[Piece], weights: Weights, disk: Disk) -> float:
-        extents = [extent for index in weights.streamed for extent, _ in pieces[index].reads]
-        return await drive_speed(disk, extents, weights.ring, PROBE_NBYTES)
 
     async def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -256,32 +227,6 @@ class Runtime:
         if outside := [item for item in ids if not 0 <= item < self._family.vocabulary]:
             raise RequestError(f"token id {outside[0]} is out of range: this model has ids from 0 to {self._family.vocabulary - 1}")
         return ids
-
-
-def locate(reference: str) -> Path:
-    """The folder of a model's reference; `ModelError` when there is none."""
-    try:
-        folder = ALIASES.get(reference) or Path(reference).expanduser()
-        found, exists = folder.is_dir(), folder.exists()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ModelError(f"{reference[:200]!r} is not a path that can be looked up ({error}); give the folder of a model") from error
-    if not found:
-        what = "is a file, not a folder" if exists else "does not exist"
-        raise ModelError(f"{reference} {what}; give the folder of a model (config.json and *.safetensors), or one of: {', '.join(ALIASES)}")
-    return folder
-
-
-def build_family(config: Mapping[str, Any], checkpoint: Checkpoint) -> Family:
-    """The family that `config.json` names, with the dtype of the stored weights."""
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ModelError(f"config.json: model_type {kind!r} is not known; known are {', '.join(FAMILIES)}")
-    entry = next((checkpoint[name] for name in checkpoint.tensors if name.endswith("embed_tokens.weight")), None)
-    if entry is None:
-        raise ModelError("the checkpoint has no embedding table (…embed_tokens.weight); it is not a whole model")
-    family = FAMILIES[kind](config, dtype_of(entry))
-    check_shape(checkpoint[family.embedding], (family.vocabulary, family.hidden))
-    return family
 
 
 async def _read_norm(family: Family, checkpoint: Checkpoint, disk: Disk) -> torch.Tensor:

@@ -24,6 +24,8 @@ StoragePath = Literal["gds", "safetensor-io", "cpu-offloaded-artifacts", "disk-k
 
 KEPT_EVENTS = 131_072
 """Events kept; older ones are forgotten, so that a service can run for months."""
+OUT_OF_ORDER_S = 1.0
+"""How much later than another event that ended after it one may be added: reads are noted when their task goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +63,14 @@ class Trace:
             self.add(Event(name, start, perf_counter(), **facts))
 
     def between(self, start: float, end: float) -> list[Event]:
-        """The events that touch the interval, oldest first."""
-        return [event for event in list(self._events) if event.end >= start and event.start <= end]
+        """The events that touch the interval, in the order in which they came."""
+        found: list[Event] = []
+        for event in reversed(list(self._events)):
+            if event.end < start - OUT_OF_ORDER_S:
+                break
+            if event.end >= start and event.start <= end:
+                found.append(event)
+        return found[::-1]
 
     def save(self, path: str | Path) -> None:
         """Write all events as Chrome-trace JSON (load it in Perfetto or chrome://tracing)."""

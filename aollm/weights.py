@@ -166,6 +166,11 @@ class Weights:
         return await self._ahead.next()
 
     @property
+    def streamed_extents(self) -> list[Extent]:
+        """What a pass reads, in order."""
+        return [extent for index in self.streamed for extent, _ in self.pieces[index].reads]
+
+    @property
     def reading(self) -> bool:
         """Whether anything of the round is being read or waits, read, to be used."""
         return self.ring.leased > 0

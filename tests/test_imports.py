@@ -20,7 +20,7 @@ ROWS = [
     "maths sampling compute",
     "families stores",
     "placement weights embedding request batch sweep engine stream generic",
-    "demo text settings selector plan runtime",
+    "demo text settings selector plan survey runtime",
     "terminal lanes meter client inference server bench commands cli __main__",
 ]
 ORDER = [room for row in ROWS for room in row.split()]

@@ -13,8 +13,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from ..runtime import Runtime, locate
+from ..runtime import Runtime
 from ..settings import RuntimeConfig
+from ..survey import locate
 from .drive import Drive
 from .interval import Interval, interval_of
 from .machine import machine_card

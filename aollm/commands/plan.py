@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import anyio
-import anyio.to_thread
-import psutil
 
 from ..buffers import Ring, size
-from ..checkpoint import open_checkpoint, read_json
 from ..disk.auto import open_disk
 from ..meter import amount, rate, speed
-from ..plan import RuntimePlan, make_plan
+from ..plan import RuntimePlan
 from ..port import Port
-from ..probe import drive_speed, free_memory
-from ..runtime import PROBE_NBYTES, build_family, locate
+from ..probe import drive_speed
 from ..settings import RuntimeConfig
+from ..survey import locate, survey
 from ..terminal import Terminal, spinner
-from ..text import Text
-from ..weights import first_of, pieces_of
+from ..weights import first_of
 from . import runtime_config
 
 
@@ -44,35 +39,20 @@ def main(terminal: Terminal, options: Mapping[str, Any]) -> int:
 
 async def _plan(config: RuntimeConfig) -> tuple[RuntimePlan, float | None]:
     """The plan, and the drive's speed in bytes per second if anything is to be streamed."""
-    folder = locate(config.model_reference)
-    described = await read_json(folder / "config.json")
-    await anyio.to_thread.run_sync(Text.load, folder)  # a run has it in memory, and fails without it
-    port = Port()
-    try:
-        async with anyio.create_task_group() as group:
-            group.start_soon(port.pump)
-            try:
-                found = await _measured(config, folder, described, port)
-            finally:
-                port.stop()
-    finally:
-        port.close()
-    return found
-
-
-async def _measured(config: RuntimeConfig, folder: Path, described: Mapping[str, Any], port: Port) -> tuple[RuntimePlan, float | None]:
-    disk, reason = open_disk(config.disk_backend, port, folder)
-    try:
-        checkpoint = await open_checkpoint(folder, disk)
-        family = build_family(described, checkpoint)
-        pieces = pieces_of(family, checkpoint)
-        in_use = psutil.Process().memory_info().rss
-        memory = config.memory or in_use + int(free_memory() * 0.9)
-        plan = make_plan(config, str(described["model_type"]), family, pieces, memory, in_use, (disk.name, reason))
-        streamed = [extent for index, piece in enumerate(pieces) if index not in plan.pinned for extent, _ in piece.reads]
-        return plan, await drive_speed(disk, streamed, Ring(plan.ring_nbytes), PROBE_NBYTES) if streamed else None
-    finally:
-        await disk.aclose()
+    folder, port, drive = locate(config.model_reference), Port(), None
+    async with anyio.create_task_group() as group:
+        group.start_soon(port.pump)
+        disk, reason = open_disk(config.disk_backend, port, folder)
+        try:
+            found = await survey(config, folder, disk, reason)
+            streamed = [extent for index, piece in enumerate(found.pieces) if index not in found.plan.pinned for extent, _ in piece.reads]
+            if streamed:
+                drive = await drive_speed(disk, streamed, Ring(found.plan.ring_nbytes))
+        finally:
+            await disk.aclose()
+            port.stop()
+            port.close()
+    return found.plan, drive
 
 
 def _print(terminal: Terminal, plan: RuntimePlan, drive: float | None) -> None:
