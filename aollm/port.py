@@ -11,12 +11,14 @@ import socket
 import sys
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
+from typing import Self
 
 import anyio
+from anyio.abc import TaskGroup
 
 
 class Port:
-    """Calls posted from any thread run on the event loop, in order, inside `pump`."""
+    """`async with Port() as port`: calls posted from any thread run on the event loop, in order."""
 
     def __init__(self) -> None:
         self._calls: SimpleQueue[Callable[[], object]] = SimpleQueue()
@@ -28,7 +30,8 @@ class Port:
         if self._reader is not None and self._writer is not None:
             self._reader.setblocking(False)
             self._writer.setblocking(False)
-        self._pumping = anyio.CancelScope(shield=True)
+        self._group: TaskGroup
+        self._pumping: anyio.CancelScope
         self._closed = False
         self.polls: list[Callable[[], object]] = []
         """Called on every wake-up: a ring that signals `fd` by itself reaps its completions here."""
@@ -39,19 +42,21 @@ class Port:
             self._calls.put(call)
             self._wake()
 
-    async def pump(self) -> None:
-        """Run what is posted until `stop`: whoever is cancelled may still wait for what another thread finishes."""
-        with self._pumping:
-            while True:
-                await anyio.wait_readable(self.fd)
-                self._rest()
-                for poll in self.polls:
-                    poll()
-                self.drain()
+    async def __aenter__(self) -> Self:
+        """Begin to run what is posted."""
+        self._group, self._pumping = anyio.create_task_group(), anyio.CancelScope(shield=True)
+        await self._group.__aenter__()
+        self._group.start_soon(self._pump)
+        return self
 
-    def stop(self) -> None:
-        """End `pump`."""
+    async def __aexit__(self, *raised: object) -> None:
+        """Run nothing more, and give the descriptor back. Until then no cancellation ends the port: whoever is cancelled may
+        still wait for what another thread finishes."""
         self._pumping.cancel()
+        try:
+            await self._group.__aexit__(None, None, None)
+        finally:
+            self._close()
 
     def drain(self) -> None:
         """Run what has been posted so far."""
@@ -62,8 +67,16 @@ class Port:
                 return
             call()
 
-    def close(self) -> None:
-        """Give the descriptor back."""
+    async def _pump(self) -> None:
+        with self._pumping:
+            while True:
+                await anyio.wait_readable(self.fd)
+                self._rest()
+                for poll in self.polls:
+                    poll()
+                self.drain()
+
+    def _close(self) -> None:
         self._closed = True
         if self._reader is None or self._writer is None:
             os.close(self.fd)

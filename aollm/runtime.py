@@ -63,7 +63,7 @@ class Runtime:
         self._opened = False
         self._port: Port | None = None
         self._given_disk = disk
-        self._group: TaskGroup = anyio.create_task_group()
+        self._group: TaskGroup
         self._numbers = itertools.count()
         self._cleanup: list[Any] = []
 
@@ -79,7 +79,8 @@ class Runtime:
     async def __aenter__(self) -> Self:
         if self._port is not None:
             raise ConfigError("this runtime was opened before; ask Runtime.open for another one")
-        self._port = Port()
+        self._port = await Port().__aenter__()
+        self._group = anyio.create_task_group()
         await self._group.__aenter__()
         try:
             await self._open(self._port)
@@ -93,8 +94,6 @@ class Runtime:
         if self._opened:
             self.engine.close()
             self._opened = False
-        elif self._port is not None:
-            self._port.stop()
         self._group.cancel_scope.cancel()
         own = error if not isinstance(error, Exception) else None  # an error of the caller's passes as it is, not in a group
         try:
@@ -108,6 +107,8 @@ class Runtime:
                 for clean in reversed(self._cleanup):
                     await clean()
                 self._cleanup.clear()
+            if self._port is not None:
+                await self._port.__aexit__()
         return bool(swallowed) and own is not None
 
     def stream(self, prompt: Prompt, generation: GenerationConfig | None = None, **fields: Any) -> TokenStream:
@@ -170,8 +171,6 @@ class Runtime:
         return f"<Runtime {self.plan.family} on {self.plan.disk_backend}, {size(self.plan.streamed_nbytes_per_pass)} read a pass>"
 
     async def _open(self, port: Port) -> None:
-        self._cleanup.append(_later(port.close))
-        self._group.start_soon(port.pump)
         folder = locate(self.config.model_reference)
         disk, reason = self._given_disk, "as given"
         if disk is None:
@@ -198,18 +197,12 @@ class Runtime:
         model = Model(family, weights, norm, plan.chunk_rows, self.trace, release)
         limits = Limits(plan.max_rows, plan.max_concurrent_requests, plan.max_answers)
         self.engine = Engine(model, embedding, compute, self._pool, partial(ResidentStore, self._pool), limits)
-        self._group.start_soon(self._serve, port)
+        self._group.start_soon(self.engine.run)
         self._opened = True
 
     def _post(self, call: Callable[[], object]) -> None:
         if self._port is not None:
             self._port.post(call)
-
-    async def _serve(self, port: Port) -> None:
-        try:
-            await self.engine.run()
-        finally:
-            port.stop()
 
     async def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

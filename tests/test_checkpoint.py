@@ -74,14 +74,10 @@ class Shelf(BoundedDisk):
 
 @pytest.fixture
 async def disk() -> AsyncIterator[BoundedDisk]:
-    port = Port()
-    async with anyio.create_task_group() as group:
-        group.start_soon(port.pump)
+    async with Port() as port:
         disk = BoundedDisk(ThreadsDisk(port, threads=2))
         yield disk
         await disk.aclose()
-        group.cancel_scope.cancel()
-    port.close()
 
 
 def pack(header: Any, data: bytes = b"") -> bytes:

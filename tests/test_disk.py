@@ -62,19 +62,13 @@ def content() -> bytes:
 
 @asynccontextmanager
 async def opened(kind: str) -> AsyncIterator[Disk]:
-    port = Port()
-    try:
-        async with anyio.create_task_group() as group:
-            group.start_soon(port.pump)
-            disk = MAKE[kind](port)
-            try:
-                yield disk
-            finally:
-                with anyio.CancelScope(shield=True):
-                    await disk.aclose()
-                group.cancel_scope.cancel()
-    finally:
-        port.close()
+    async with Port() as port:
+        disk = MAKE[kind](port)
+        try:
+            yield disk
+        finally:
+            with anyio.CancelScope(shield=True):
+                await disk.aclose()
 
 
 def place(disk: Disk, path: Path, data: bytes) -> str:
@@ -433,20 +427,21 @@ async def test_a_cancelled_read_does_not_wait_for_others(kind: str, tmp_path: Pa
 
 @on_files
 async def test_all_cancelled_at_once(kind: str, tmp_path: Path, content: bytes) -> None:
-    """The pump goes first, so nobody wakes the readers, who have to wait for the drive all the same."""
-    port = Port()
-    disk = MAKE[kind](port)
-    try:
-        file = place(disk, tmp_path / "a", content)
-        async with anyio.create_task_group() as group:
-            group.start_soon(port.pump)
-            for _ in range(3):
-                group.start_soon(disk.read_into, [Extent(file, 0, SIZE)] * 2, [arena(SIZE)] * 2)
-            await anyio.sleep(0.001)
-            group.cancel_scope.cancel()
-    finally:
-        await disk.aclose()
-        port.close()
+    """Readers that are cancelled together with whoever opened the port have to wait for the drive all the same."""
+    with anyio.CancelScope() as scope:
+        async with Port() as port:
+            disk = MAKE[kind](port)
+            try:
+                file = place(disk, tmp_path / "a", content)
+                async with anyio.create_task_group() as group:
+                    for _ in range(3):
+                        group.start_soon(disk.read_into, [Extent(file, 0, SIZE)] * 2, [arena(SIZE)] * 2)
+                    await anyio.sleep(0.001)
+                    scope.cancel()
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await disk.aclose()
+    assert scope.cancelled_caught
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
@@ -621,22 +616,18 @@ async def test_the_memory_disk_of_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def port() -> Any:
-    port = Port()
-    yield port
-    port.close()
+async def port() -> AsyncIterator[Port]:
+    async with Port() as port:
+        yield port
 
 
 @pytest.mark.parametrize("name", [name for name in DISKS if name != "gds"])
 async def test_every_name_opens_a_disk_that_reads(name: str, port: Port, tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"0123456789")
     disk, reason = open_disk(name, port, tmp_path)
-    async with anyio.create_task_group() as group:
-        group.start_soon(port.pump)
-        buffer = arena(3)
-        await disk.read_into([Extent(str(tmp_path / "a.safetensors"), 4, 3)], [buffer])
-        await disk.aclose()
-        group.cancel_scope.cancel()
+    buffer = arena(3)
+    await disk.read_into([Extent(str(tmp_path / "a.safetensors"), 4, 3)], [buffer])
+    await disk.aclose()
     assert bytes(buffer) == b"456"
     assert disk.name == {"auto": "threads", "uring": "uring" if probe() is None else "threads"}.get(name, name)
     assert disk.name in reason and "\n" not in reason
@@ -664,11 +655,11 @@ def test_a_refused_ring_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "aarch64" in str(probe())
 
 
-def test_an_unknown_name_is_refused(port: Port, tmp_path: Path) -> None:
+async def test_an_unknown_name_is_refused(port: Port, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"disk_backend='floppy'.*auto, threads, uring, gds, portable, memory"):
         open_disk("floppy", port, tmp_path)
 
 
-def test_gds_is_not_promised(port: Port, tmp_path: Path) -> None:
+async def test_gds_is_not_promised(port: Port, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"not in this build yet.*pip install 'aollm\[gds\]'"):
         open_disk("gds", port, tmp_path)

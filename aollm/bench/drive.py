@@ -7,15 +7,12 @@ from __future__ import annotations
 from collections import deque
 from pathlib import Path
 
-import anyio
-
 from ..buffers import PAGE, Ring
 from ..disk.auto import open_disk
 from ..disk.base import Extent, down
 from ..errors import ModelError
 from ..port import Port
 from ..probe import CHUNK, drive_speed
-from ..weights import first_of
 
 PROBE_NBYTES = 1 << 30
 
@@ -35,20 +32,12 @@ class Drive:
         way to the drive has seen what it reads. Raises `DiskError`, and `ModelError` where there are no weights."""
         if not self._extents:
             raise ModelError(f"{self._folder} has no *.safetensors file to read")
-        port, speed = Port(), 0.0
-        try:
-            async with anyio.create_task_group() as group:
-                group.start_soon(port.pump)
-                disk, _ = open_disk(self._backend, port, self._folder)
-                try:
-                    speed = await drive_speed(disk, list(self._extents), self._ring, PROBE_NBYTES)
-                finally:
-                    await disk.aclose()
-                    group.cancel_scope.cancel()
-        except ExceptionGroup as raised:
-            raise first_of(raised) from raised
-        finally:
-            port.close()
+        async with Port() as port:
+            disk, _ = open_disk(self._backend, port, self._folder)
+            try:
+                speed = await drive_speed(disk, list(self._extents), self._ring, PROBE_NBYTES)
+            finally:
+                await disk.aclose()
         self._extents.rotate(-(PROBE_NBYTES // CHUNK))
         return speed
 

@@ -17,7 +17,6 @@ from ..probe import drive_speed
 from ..settings import RuntimeConfig
 from ..survey import locate, survey
 from ..terminal import Terminal, spinner
-from ..weights import first_of
 from . import runtime_config
 
 
@@ -25,10 +24,7 @@ def main(terminal: Terminal, options: Mapping[str, Any]) -> int:
     """Print the plan. Raises `AollmError` when the model cannot be used, or not in this memory."""
     config = runtime_config(options)
     terminal.status(lambda: [[(f"{spinner()} ", "cyan"), ("reading headers and measuring the drive", "dim")]])
-    try:
-        plan, drive = anyio.run(_plan, config)
-    except BaseExceptionGroup as raised:
-        raise first_of(raised) from raised
+    plan, drive = anyio.run(_plan, config)
     terminal.status(None)
     if options.get("json"):
         terminal.text(json.dumps({**plan.as_dict(), "drive_bytes_per_second": drive}) + "\n")
@@ -39,20 +35,15 @@ def main(terminal: Terminal, options: Mapping[str, Any]) -> int:
 
 async def _plan(config: RuntimeConfig) -> tuple[RuntimePlan, float | None]:
     """The plan, and the drive's speed in bytes per second if anything is to be streamed."""
-    folder, port, drive = locate(config.model_reference), Port(), None
-    async with anyio.create_task_group() as group:
-        group.start_soon(port.pump)
+    folder = locate(config.model_reference)
+    async with Port() as port:
         disk, reason = open_disk(config.disk_backend, port, folder)
         try:
             found = await survey(config, folder, disk, reason)
             streamed = [extent for index, piece in enumerate(found.pieces) if index not in found.plan.pinned for extent, _ in piece.reads]
-            if streamed:
-                drive = await drive_speed(disk, streamed, Ring(found.plan.ring_nbytes))
+            return found.plan, await drive_speed(disk, streamed, Ring(found.plan.ring_nbytes)) if streamed else None
         finally:
             await disk.aclose()
-            port.stop()
-            port.close()
-    return found.plan, drive
 
 
 def _print(terminal: Terminal, plan: RuntimePlan, drive: float | None) -> None:
