@@ -66,7 +66,8 @@ def pages(nbytes: int) -> int:
 
 
 class Arena:
-    """Page-aligned anonymous memory of `nbytes`, on huge pages where the kernel has them; real only once written to."""
+    """Page-aligned anonymous memory of `nbytes`, on huge pages where the kernel has them and `huge` says so; real only once
+    written to."""
 
     def __init__(self, nbytes: int, huge: bool = True) -> None:
         self.nbytes = max(pages(nbytes), PAGE)
@@ -76,8 +77,8 @@ class Arena:
             raise MemoryBudgetError(
                 f"the system refuses {size(self.nbytes)} of memory ({error.strerror}); lower memory or max_context_tokens"
             ) from error
-        if huge and self.nbytes >= HUGE_PAGE and "MADV_HUGEPAGE" in dir(mmap):
-            self._map.madvise(mmap.MADV_HUGEPAGE)
+        if self.nbytes >= HUGE_PAGE and "MADV_HUGEPAGE" in dir(mmap):
+            self._map.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
         self.bytes = memoryview(self._map)
 
     def tensor(self, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

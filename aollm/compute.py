@@ -1,4 +1,4 @@
-"""The one thread that computes: torch runs here and nowhere else while a model is served.
+"""The one thread that computes: layers, heads and draws.
 
 A call costs one hop (about 50 µs), so callers hand over whole runs of layers, not single operations.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import anyio.to_thread
 import torch
 from torch import Tensor
 
@@ -13,6 +14,9 @@ from .disk.base import Disk, Extent, Priority
 from .families.base import Family
 from .trace import Event, Trace
 from .weights import Weights
+
+AT_ONCE = 256
+"""Rows asked for in one call: a long prompt must not hold the event loop up."""
 
 
 class Embedding:
@@ -38,8 +42,7 @@ class Embedding:
     async def rows(self, ids: Sequence[int]) -> Tensor:
         """[T, hidden] for T token ids."""
         if self._blocks:
-            size = self._blocks[0].shape[0]
-            return torch.stack([self._blocks[number // size][number % size] for number in ids])
+            return self._kept(ids) if len(ids) <= 64 else await anyio.to_thread.run_sync(self._kept, ids)
         order = {number: row for row, number in enumerate(dict.fromkeys(ids))}
         out = torch.empty(len(order), self._family.hidden, dtype=self._family.dtype)
         memory = memoryview(out.view(torch.uint8).numpy().data).cast("B")
@@ -47,6 +50,21 @@ class Embedding:
             Extent(self._entry.extent.file, self._entry.extent.offset + number * self._row_nbytes, self._row_nbytes) for number in order
         ]
         buffers = [memory[at : at + self._row_nbytes] for at in range(0, memory.nbytes, self._row_nbytes)]
-        span = await self._disk.read_into(extents, buffers, Priority.NOW)
-        self._trace.add(Event("safetensor_pread", span.start, span.end, nbytes=memory.nbytes, path="safetensor-io", label="embedding rows"))
+        for at in range(0, len(extents), AT_ONCE):
+            span = await self._disk.read_into(extents[at : at + AT_ONCE], buffers[at : at + AT_ONCE], Priority.NOW)
+            nbytes = sum(extent.nbytes for extent in extents[at : at + AT_ONCE])
+            self._trace.add(Event("safetensor_pread", span.start, span.end, nbytes=nbytes, path="safetensor-io", label="embedding rows"))
         return out[[order[number] for number in ids]] if len(order) < len(ids) else out
+
+    def forget(self) -> None:
+        """Give the memory back."""
+        self._blocks.clear()
+
+    def _kept(self, ids: Sequence[int]) -> Tensor:
+        size = self._blocks[0].shape[0]
+        wanted = torch.tensor(ids)
+        out = self._blocks[0].new_empty(len(ids), self._family.hidden)
+        for number, block in enumerate(self._blocks):
+            rows = (wanted // size == number).nonzero().view(-1)
+            out[rows] = block[wanted[rows] - number * size]
+        return out

@@ -26,6 +26,8 @@ from .stores.pool import BlockPool
 from .sweep import Leave, Load, Model, Wait, sweep
 from .trace import Event
 
+FOREIGN = (RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, AttributeError, AssertionError, MemoryError)
+"""What torch and a family's code may raise on weights or settings that they cannot cope with."""
 CLOSED = "the runtime was closed before this request was answered"
 RIDING_ROWS = 4096
 """Prompt rows that a pass takes on while others decode, so that one long prompt does not hold them up for minutes."""
@@ -116,6 +118,9 @@ class Engine:
             self._work = anyio.Event()
             for request in [rider for rider in self._riders if rider.cancelled]:
                 await self._retire(request)
+            for request in [waiting for waiting in self._inbox if waiting.cancelled]:
+                self._inbox.remove(request)
+                request.close()
             while self._inbox and self._joins(self._inbox[0]):
                 self._inbox.popleft()
             ready = [answer for rider in self._riders if rider.has_room for answer in rider.live if answer.store is not None]
@@ -140,7 +145,7 @@ class Engine:
                 return stayed, logits
             start = perf_counter()
             reply = await self._answer(step)
-            self._model.trace.add(Event("stall", start, perf_counter(), label="load"))
+            self._model.trace.add(Event("stall", start, perf_counter(), label=type(step).__name__.lower()))
 
     async def _emit(self, batch: Batch, draws: list[list[Draw] | AollmError]) -> None:
         """Move the answers on by their rows, and hand out what was sampled."""
@@ -152,6 +157,8 @@ class Engine:
                 answer.pending = answer.pending[segment.rows :]
                 continue
             drawn = next(sampled)
+            if request.closed:  # another of its answers failed
+                continue
             if isinstance(drawn, AollmError):
                 request.close(drawn)
             else:
@@ -172,10 +179,7 @@ class Engine:
                 return None
 
     def _joins(self, request: Request) -> bool:
-        """Whether the first in line has left it, one way or the other."""
-        if request.cancelled:
-            request.close()
-            return True
+        """Let the first in line ride, if there is room."""
         answers = sum(len(rider.answers) for rider in self._riders) + len(request.answers)
         if len(self._riders) >= self._limits.requests or (self._riders and answers > self._limits.answers):
             return False
@@ -188,10 +192,10 @@ class Engine:
 
     def _pack(self, ready: list[Answer]) -> Batch:
         decoding = [answer for answer in ready if answer.produced]
-        room = self._limits.rows - len(decoding)
+        room = min(self._limits.rows - len(decoding), RIDING_ROWS if decoding else self._limits.rows)
         parts = [(answer, 1) for answer in decoding]
         for answer in (answer for answer in ready if not answer.produced):
-            rows = min(len(answer.pending), room, RIDING_ROWS if decoding else room)
+            rows = min(len(answer.pending), room)
             if rows:
                 parts.append((answer, rows))
                 room -= rows
@@ -201,10 +205,11 @@ class Engine:
         """Give back all that a request holds."""
         if request in self._riders:
             self._riders.remove(request)
-        for answer in request.answers:
-            if answer.store is not None:
-                await answer.store.aclose()
-                answer.store = None
+        with anyio.CancelScope(shield=True):
+            for answer in request.answers:
+                if answer.store is not None:
+                    await answer.store.aclose()
+                    answer.store = None
         self._pool.release(request.reserved)
         request.reserved = 0
         request.close()
@@ -226,7 +231,7 @@ def _advance(work: Generator[Wait, Any, tuple[Batch, Tensor]], reply: Any) -> Wa
         return work.send(reply)
     except StopIteration as done:
         return _Done(done.value)
-    except (RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, AttributeError, AssertionError, MemoryError) as error:
+    except FOREIGN as error:
         raise ModelError(f"a layer could not be computed: {error}") from error
 
 
@@ -246,3 +251,5 @@ def _draw(segment: Segment, row: Tensor) -> list[Draw] | AollmError:
         return [choice.sampler.draw(row, choice.history) for choice in _drawing(segment.answer)]
     except AollmError as error:  # such as logits that are not numbers: the others are not affected
         return error
+    except FOREIGN as error:
+        return ModelError(f"no token could be drawn: {error}")

@@ -46,5 +46,8 @@ class RequestError(AollmError):
     """One request is malformed or cannot be served; the others go on."""
 
 
-class CancelledRequest(RequestError):
-    """The request was cancelled by its reader or by the runtime's end."""
+def first_of(error: BaseException) -> BaseException:
+    """The first leaf of what may be a group: callers at the public edge catch errors, not groups."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

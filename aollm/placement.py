@@ -26,12 +26,13 @@ def spread(sizes: Sequence[int], room: int) -> frozenset[int]:
 
 
 def ring_nbytes(sizes: Sequence[int], depth: int) -> int:
-    """Bytes of the stream ring that hold any `depth` + 1 pieces in a row; the round has no end, so it wraps around."""
+    """Bytes of the stream ring: what `depth` + 1 pieces of the round take that follow each other, and at least two of the
+    largest, so that one is read while another is computed with. The round has no end, so it wraps around."""
     if not sizes:
         return 0
     count = min(depth + 1, len(sizes) + 1)
     round_ = list(sizes) * 3
-    return max(sum(round_[at : at + count]) for at in range(len(sizes)))
+    return max(2 * max(sizes), *(sum(round_[at : at + count]) for at in range(len(sizes))))
 
 
 def band(layers: int, kept: int, policy: str) -> range:

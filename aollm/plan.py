@@ -14,7 +14,7 @@ from .families.base import Family
 from .placement import band, ring_nbytes, spread
 from .settings import MAX_ANSWERS, RuntimeConfig
 from .stores.pool import BlockPool
-from .weights import Piece
+from .weights import Piece, pinned_nbytes
 
 CHUNK_ROWS = 512
 """Rows computed at a time: matrix products gain nothing from more."""
@@ -76,18 +76,18 @@ def make_plan(
         + family.activation_nbytes(chunk_rows) * 5 // 4  # the allocator does not fit them without gaps
         + _answers(config) * family.vocabulary * (family.dtype.itemsize + 8)
     )
-    sizes = [piece.nbytes for piece in pieces]
+    sizes, kept_sizes = [piece.nbytes for piece in pieces], [pinned_nbytes(piece) for piece in pieces]
     kept = None if config.offload_cpu_layers is None else band(family.kv.layers, config.offload_cpu_layers, config.offload_cpu_policy)
-    fits = sum(sizes) + kv_nbytes + activations <= ledger.free
+    fits = sum(kept_sizes) + kv_nbytes + activations <= ledger.free
     ring = 0 if fits and kept is None else max(pages(ring_nbytes(sizes, config.prefetch_depth)), LEAST_RING)
     for name, nbytes in (("stream ring", ring), ("kv", kv_nbytes), ("activations", activations)):
         ledger.lines[name] = nbytes
     if kept is None:
         ledger.reserve("pinned weights", 0)
-        pinned = spread(sizes, ledger.free)
+        pinned = spread(kept_sizes, ledger.free)
     else:
         pinned = frozenset(index for index, piece in enumerate(pieces) if piece.layer in kept)
-    ledger.reserve("pinned weights", sum(sizes[index] for index in pinned))
+    ledger.reserve("pinned weights", sum(kept_sizes[index] for index in pinned))
     table = pages(family.vocabulary * family.hidden * family.dtype.itemsize)
     if len(pinned) == len(pieces) and family.embedding != family.head and table <= ledger.free:
         ledger.reserve("pinned embedding", table)

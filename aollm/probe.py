@@ -11,6 +11,7 @@ import psutil
 
 from .buffers import PAGE, Ring
 from .disk.base import Disk, Extent
+from .errors import first_of
 
 CHUNK = 32 << 20
 PROBE_NBYTES = 256 << 20
@@ -43,9 +44,12 @@ async def _read(disk: Disk, parts: Iterator[Extent], memories: Sequence[memoryvi
             start = part.offset % PAGE
             await disk.read_into([part], [memory[start : start + part.nbytes]])
 
-    async with anyio.create_task_group() as group:
-        for memory in memories:
-            group.start_soon(reader, memory)
+    try:
+        async with anyio.create_task_group() as group:
+            for memory in memories:
+                group.start_soon(reader, memory)
+    except BaseExceptionGroup as raised:
+        raise first_of(raised) from raised
 
 
 def _parts(extent: Extent, nbytes: int) -> list[Extent]:
@@ -53,14 +57,24 @@ def _parts(extent: Extent, nbytes: int) -> list[Extent]:
 
 
 def _group_limits() -> Iterator[int]:
-    """What the control groups of this process leave it, where they limit it (v2 first, then v1)."""
+    """What the control groups of this process and those above them leave it, where they limit it (v2 first, then v1)."""
     try:
         groups = dict(line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines())
     except (OSError, ValueError):
         return
-    v2, v1 = Path("/sys/fs/cgroup") / groups.get("", "/").lstrip("/"), Path("/sys/fs/cgroup/memory") / groups.get("memory", "/").lstrip("/")
-    for folder, limit, usage in ((v2, "memory.max", "memory.current"), (v1, "memory.limit_in_bytes", "memory.usage_in_bytes")):
-        try:
-            yield max(int((folder / limit).read_text()) - int((folder / usage).read_text()), 0)
-        except (OSError, ValueError):  # no such controller, or "max"
-            continue
+    v2, v1 = (
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    )
+    for name, limit, usage, cache in (v2, v1):
+        root = Path("/sys/fs/cgroup") / name
+        group = root / groups.get(name, "/").lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(root):
+                break
+            try:
+                most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
+                counted = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                yield max(most - used + int(counted.get(cache, 0)), 0)  # cached files make room when it is needed
+            except (OSError, ValueError):  # no such controller, or "max"
+                continue

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -24,12 +25,12 @@ from .disk.auto import open_disk
 from .disk.base import Disk
 from .embedding import Embedding
 from .engine import Engine, Limits
-from .errors import ConfigError, RequestError
+from .errors import ConfigError, DiskError, RequestError, first_of
 from .families.base import Family
 from .plan import RuntimePlan
 from .port import Port
 from .probe import drive_speed
-from .request import Request, Token
+from .request import FinishReason, Request, Token
 from .sampling import Sampler
 from .settings import GenerationConfig, RuntimeConfig
 from .stores.pool import BlockPool
@@ -39,7 +40,7 @@ from .survey import locate, survey
 from .sweep import Model
 from .text import Text
 from .trace import Trace, profile
-from .weights import Weights, check_shape, dtype_of, first_of
+from .weights import Weights, check_shape, dtype_of
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
@@ -65,7 +66,7 @@ class Runtime:
         self._given_disk = disk
         self._group: TaskGroup
         self._numbers = itertools.count()
-        self._cleanup: list[Any] = []
+        self._cleanup = AsyncExitStack()
 
     @classmethod
     def open(cls, model: RuntimeConfig | str | Path, *, disk: Disk | None = None, **fields: Any) -> Runtime:
@@ -79,7 +80,10 @@ class Runtime:
     async def __aenter__(self) -> Self:
         if self._port is not None:
             raise ConfigError("this runtime was opened before; ask Runtime.open for another one")
-        self._port = await Port().__aenter__()
+        try:
+            self._port = await self._cleanup.enter_async_context(Port())
+        except OSError as error:
+            raise DiskError(f"no descriptor for the runtime's wake-ups: {error.strerror}; raise the limit on open files") from error
         self._group = anyio.create_task_group()
         await self._group.__aenter__()
         try:
@@ -103,12 +107,7 @@ class Runtime:
                 return False
             raise first_of(raised) from raised
         finally:
-            with anyio.CancelScope(shield=True):
-                for clean in reversed(self._cleanup):
-                    await clean()
-                self._cleanup.clear()
-            if self._port is not None:
-                await self._port.__aexit__()
+            await self._cleanup.aclose()
         return bool(swallowed) and own is not None
 
     def stream(self, prompt: Prompt, generation: GenerationConfig | None = None, **fields: Any) -> TokenStream:
@@ -149,7 +148,7 @@ class Runtime:
         choices = tuple(_choice([token for token in tokens if token.choice == number]) for number in range(count))
         return Completion(
             choices[0].text, choices[0].token_ids, choices[0].finish_reason, Usage(prompt_tokens, len(tokens)), choices,
-            self.profile(start), self.cache_state(), self.plan,
+            await anyio.to_thread.run_sync(self.profile, start), self.cache_state(), self.plan,
         )  # fmt: skip
 
     def profile(self, start: float, end: float | None = None) -> dict[str, Any]:
@@ -175,9 +174,9 @@ class Runtime:
         disk, reason = self._given_disk, "as given"
         if disk is None:
             disk, reason = open_disk(self.config.disk_backend, port, folder)
-            self._cleanup.append(disk.aclose)
+            self._cleanup.push_async_callback(_shielded, disk.aclose)
         compute = Compute(port, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
-        self._cleanup.append(_later(compute.close))
+        self._cleanup.callback(compute.close)
         found = await survey(self.config, folder, disk, reason)
         self.text, self.plan, self._family = found.text, found.plan, found.family
         family, plan, kv = found.family, found.plan, found.family.kv
@@ -185,9 +184,12 @@ class Runtime:
         self._pool = BlockPool(plan.kv_tokens, plan.max_answers, plan.max_context_tokens, kv.layers, kv.heads, kv.head_dim, kv.dtype)
         if weights.streamed:
             self.drive_bytes_per_second = await drive_speed(disk, weights.streamed_extents, weights.ring)
+        self._cleanup.callback(weights.forget)
+        self._cleanup.callback(self._pool.forget)
         await weights.pin()
         norm = await _read_norm(family, found.checkpoint, disk)
         embedding = Embedding(found.checkpoint[family.embedding], family, weights, disk, self.trace)
+        self._cleanup.callback(embedding.forget)
         if "pinned embedding" in plan.ledger:
             await embedding.pin()
 
@@ -232,11 +234,9 @@ async def _read_norm(family: Family, checkpoint: Checkpoint, disk: Disk) -> torc
 
 def _choice(tokens: Sequence[Token]) -> Choice:
     reason = tokens[-1].finish_reason if tokens else None
-    return Choice("".join(token.text for token in tokens), tuple(token.id for token in tokens), reason or "cancelled")
+    return Choice("".join(token.text for token in tokens), tuple(token.id for token in tokens), reason or FinishReason.CANCELLED)
 
 
-def _later(close: Any) -> Any:
-    async def clean() -> None:
-        close()
-
-    return clean
+async def _shielded(close: Callable[[], Awaitable[None]]) -> None:
+    with anyio.CancelScope(shield=True):
+        await close()

@@ -70,6 +70,8 @@ class TokenStream:
         async with self._beginning:  # several tasks may read one stream
             if self._request is None:
                 self._request = await self._submit()
+                if self._ended:  # cancelled while the prompt was encoded
+                    self._request.cancel()
             return self._request
 
     def __del__(self) -> None:

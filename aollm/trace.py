@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
-from time import perf_counter
 from typing import Any, Literal
 
 EventName = Literal[
@@ -22,7 +20,7 @@ EventName = Literal[
 ]  # fmt: skip
 StoragePath = Literal["gds", "safetensor-io", "cpu-offloaded-artifacts", "disk-kv-cache", "torch-artifact-io"]
 
-KEPT_EVENTS = 131_072
+KEPT_EVENTS = 32_768
 """Events kept; older ones are forgotten, so that a service can run for months."""
 OUT_OF_ORDER_S = 1.0
 """How much later than another event that ended after it one may be added: reads are noted when their task goes on."""
@@ -52,15 +50,6 @@ class Trace:
     def add(self, event: Event) -> None:
         """Remember one interval; safe from any thread."""
         self._events.append(event)
-
-    @contextmanager
-    def span(self, name: EventName, **facts: Any) -> Iterator[None]:
-        """Time the enclosed block as one event."""
-        start = perf_counter()
-        try:
-            yield
-        finally:
-            self.add(Event(name, start, perf_counter(), **facts))
 
     def between(self, start: float, end: float) -> list[Event]:
         """The events that touch the interval, in the order in which they came."""

@@ -23,7 +23,7 @@ from .ahead import Ahead
 from .buffers import PAGE, Arena, Lease, Ring, pages
 from .checkpoint import Checkpoint, TensorEntry
 from .disk.base import Disk, Extent, Span
-from .errors import CheckpointError, ModelError
+from .errors import CheckpointError, ModelError, first_of
 from .families.base import Family, Need, Step
 from .trace import Event, Trace
 
@@ -95,6 +95,11 @@ def step_piece(step: Step, checkpoint: Checkpoint, dtype: torch.dtype) -> Piece:
     return Piece(f"layer {step.layer} {step.name}", step.layer, pages(end), tuple(reads), params, step)
 
 
+def pinned_nbytes(piece: Piece) -> int:
+    """Bytes of memory that a piece takes when it stays: it may be moved by less than a cache line."""
+    return pages(piece.nbytes + LINE)
+
+
 def dtype_of(entry: TensorEntry) -> torch.dtype:
     """The torch dtype of a tensor; `ModelError` for one that is not computed with."""
     if entry.dtype not in DTYPES:
@@ -154,11 +159,16 @@ class Weights:
         """Read no further until `next` is called: after a failure, so that what failed is tried again when it is asked for."""
         await self.__aexit__()
 
+    def forget(self) -> None:
+        """Give the memory back; nothing can be asked for afterwards."""
+        self._kept.clear()
+        self.ring = Ring(PAGE)
+
     def pinned(self, index: int) -> Mapping[str, Tensor] | None:
         """The parameters of a piece that is kept in memory, else None."""
         return self._kept.get(index)
 
-    async def next(self) -> tuple[Mapping[str, Tensor], Lease | None]:
+    async def next(self) -> tuple[Mapping[str, Tensor], Lease]:
         """The parameters of the next streamed piece, and the lease to release when they have been used."""
         if self._ahead is None:
             await self._begin()
@@ -169,11 +179,6 @@ class Weights:
     def streamed_extents(self) -> list[Extent]:
         """What a pass reads, in order."""
         return [extent for index in self.streamed for extent, _ in self.pieces[index].reads]
-
-    @property
-    def reading(self) -> bool:
-        """Whether anything of the round is being read or waits, read, to be used."""
-        return self.ring.leased > 0
 
     def __repr__(self) -> str:
         return f"<Weights {len(self._kept)} pieces pinned, {len(self.streamed)} streamed, {self._ahead}>"
@@ -186,11 +191,12 @@ class Weights:
 
     async def _pin(self, index: int) -> None:
         piece = self.pieces[index]
-        arena = Arena(piece.nbytes + LINE, huge=False)  # small pages and whole cache lines: read a fifth faster than otherwise
+        arena = Arena(pinned_nbytes(piece), huge=False)  # small pages and whole cache lines: read a fifth faster than otherwise
         await self._read(piece, arena, 0)
         largest = max(piece.params.values(), key=lambda param: math.prod(param.shape))
         shift = -largest.offset % LINE
-        await anyio.to_thread.run_sync(arena.move, 0, shift, piece.nbytes)
+        if shift:
+            await anyio.to_thread.run_sync(arena.move, 0, shift, piece.nbytes)
         self._kept[index] = self._views(piece, arena, shift)
 
     async def _stream(self, index: int, lease: Lease) -> Mapping[str, Tensor]:
@@ -210,13 +216,6 @@ class Weights:
             Event("safetensor_pread", span.start, span.end, piece.layer, nbytes=piece.read_nbytes, path="safetensor-io", label=piece.label)
         )
         self._trace.add(Event("layer_load", start, perf_counter(), piece.layer, nbytes=piece.read_nbytes, label=piece.label))
-
-
-def first_of(error: BaseException) -> BaseException:
-    """The first leaf of what may be a group: callers at the public edge catch errors, not groups."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 def _head_piece(table: TensorEntry, first: int, rows: int, row_nbytes: int, hidden: int) -> Piece:

@@ -35,7 +35,7 @@ async def main() -> None:
         ticking.start_soon(tick, 0.01)
         async with trio.open_nursery() as answers:
             answers.start_soon(answer, runtime, "Once upon a time")
-            answers.start_soon(answer, runtime, "One morning")
+            answers.start_soon(answer, runtime, "One rainy Sunday, a young girl named")
         ticking.cancel_scope.cancel()
 
 

@@ -34,6 +34,13 @@ def cut(keys: torch.Tensor, values: torch.Tensor, size: int) -> list[Block]:
     return [Block(at, keys[at : at + size], values[at : at + size]) for at in range(0, len(keys), size)]
 
 
+def test_a_query_that_sees_nothing_of_the_first_two_parts() -> None:
+    q, k, v = made(0, 22, 3, 1, 1, 2)
+    with patch.object(attention, "BLOCK", 7):
+        found = attend(q, cut(k, v, 7), 22, 0.7, 3)
+    torch.testing.assert_close(found, plain(q, k, v, 22, 0.7, 3), rtol=1e-4, atol=1e-5)
+
+
 @settings(deadline=None, max_examples=150)
 @given(st.data())
 def test_any_cut_in_any_order_is_plain_attention(data: st.DataObject) -> None:

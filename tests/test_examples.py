@@ -40,7 +40,7 @@ def anyio_backend() -> str:
         ("hello", [str(MODEL)], r"\w+ \w+ \w+"),
         ("many_requests", [], r"(?s)1 requests, \d+ passes .* tokens/s.*12 requests, \d+ passes .* tokens/s\n\ntogether [\d.]+ times"),
         ("cancel", [], r"(?s)left the loop: the request is gone: <Engine 0 riding.*timed out: .* 0 riding.*task cancelled: .* 0 riding"),
-        ("trio_app", [], r"(?s)Once upon a time \w+.*[1-9]\d* ticks meanwhile, the latest [\d.]+ ms late"),
+        ("trio_app", [], r"(?s)Once upon a time.*[1-9]\d* ticks meanwhile, the latest [\d.]+ ms late"),
         ("trace_a_token", ["demo", "a.json"], r"(?s)at ms.*stall.*compute.*layer 0.*safetensor_pread.*bytes read, .*saved a\.json"),
     ],
     ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "",

@@ -14,10 +14,9 @@ from time import perf_counter
 
 import anyio
 
-from ..errors import RequestError
+from ..errors import RequestError, first_of
 from ..runtime import Runtime
 from ..stream import TokenStream
-from ..weights import first_of
 from .passes import Pass, passes_of
 from .process import io_cpu_s, read_nbytes
 

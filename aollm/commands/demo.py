@@ -14,11 +14,11 @@ from typing import Any
 import anyio
 import psutil
 
+from ..errors import first_of
 from ..lanes import last_passes, picture
 from ..meter import Meter, amount, count, memory, opening, rate, speed
 from ..runtime import Runtime
 from ..terminal import Row, Terminal
-from ..weights import first_of
 
 PROMPT = "Once upon a time"
 PROMPTS = (

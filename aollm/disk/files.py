@@ -31,7 +31,11 @@ class OpenFile:
 
     def check(self) -> None:
         """Raise `DiskError` if the file was altered since it was opened (its own writer may alter it)."""
-        if not self.writable and identity(os.fstat(self.fd)) != self.identity:
+        try:
+            now = identity(os.fstat(self.fd))
+        except OSError as error:
+            raise disk_error(error, self.path) from error
+        if not self.writable and now != self.identity:
             raise changed(self.path)
 
     @property

@@ -65,7 +65,7 @@ class Transfer:
         return Span(self._start, self._end)
 
     async def _settle(self) -> None:
-        """Drop what has not begun and wait for the rest. Polls, for the port's pump may have been cancelled as well."""
+        """Drop what has not begun and wait for the rest. Polls, so that a second cancellation changes nothing."""
         with self._lock:
             self._dropped = True
         with anyio.CancelScope(shield=True):

@@ -82,7 +82,6 @@ class Family(Protocol):
     hidden: int
     vocabulary: int
     context: int
-    intermediate: int
     embedding: str
     """Name of the embedding table [vocabulary, hidden]."""
     head: str

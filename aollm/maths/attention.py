@@ -53,7 +53,8 @@ class Fold:
                 self._out, self._weight = out, weight
                 continue
             total = torch.logaddexp(self._weight, weight)
-            self._out = self._out * (self._weight - total).exp() + out * (weight - total).exp()  # float32: the weights are
+            base = total.clamp_min(torch.finfo(total.dtype).min)  # a query that has seen nothing yet weighs nothing, not NaN
+            self._out = self._out * (self._weight - base).exp() + out * (weight - base).exp()  # float32: the weights are
             self._weight = total
 
     def result(self) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ class Rope:
     dim: int
     scale: float
     frequencies: Callable[[int], Tensor]
-    _kept: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], head_dim: int, theta: float = 10_000.0) -> Rope:
@@ -61,10 +60,7 @@ class Rope:
 
     def angles(self, positions: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines [T, 1, D/2] in `dtype` for int64 `positions` [T] of a sequence that will be `length` tokens long."""
-        if length not in self._kept:
-            self._kept.clear()
-            self._kept[length] = self.frequencies(length)
-        angle = positions[:, None].float() * self._kept[length]  # [T, D/2]
+        angle = positions[:, None].float() * self.frequencies(length)  # [T, D/2]
         return (angle.cos() * self.scale).to(dtype)[:, None], (angle.sin() * self.scale).to(dtype)[:, None]
 
 

@@ -6,6 +6,7 @@ be filled in all is bounded by reservations, made when a sequence is admitted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,12 +66,17 @@ class BlockPool:
         at = index * 2 * self._half
         return Slot(index, self._arena.tensor(at, self._dtype, self._shape), self._arena.tensor(at + self._half, self._dtype, self._shape))
 
-    def give(self, slot: Slot) -> None:
-        """One owner fewer; the last one's pages go back to the system."""
-        slot.owners -= 1
-        if not slot.owners:
-            self._arena.drop(slot.index * 2 * self._half, 2 * self._half)
-            self._free.append(slot.index)
+    def give(self, slots: Sequence[Slot]) -> None:
+        """One owner fewer of each; the pages of what has none left go back to the system, which takes time for many."""
+        for slot in slots:
+            slot.owners -= 1
+            if not slot.owners:
+                self._arena.drop(slot.index * 2 * self._half, 2 * self._half)
+                self._free.append(slot.index)
+
+    def forget(self) -> None:
+        """Give all memory back; no slot can be used afterwards."""
+        self._arena = Arena(PAGE, huge=False)
 
     def __repr__(self) -> str:
         return f"<BlockPool {self.reserved} of {self.tokens} tokens reserved>"

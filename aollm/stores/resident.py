@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import anyio.to_thread
 from torch import Tensor
 
 from ..maths.attention import BLOCK, Block
 from .pool import BlockPool, Slot
+
+MANY = 128
+"""Slots whose memory takes milliseconds to give back: longer than an event loop should wait."""
 
 
 class ResidentStore:
@@ -40,10 +44,7 @@ class ResidentStore:
 
     def truncate(self, tokens: int) -> None:
         """Forget all positions from `tokens` on."""
-        for layer, slots in enumerate(self._slots):
-            self._lengths[layer] = min(self._lengths[layer], tokens)
-            while len(slots) > -(-self._lengths[layer] // BLOCK):
-                self._pool.give(slots.pop())
+        self._pool.give(self._cut(tokens))
 
     def fork(self) -> ResidentStore:
         """A store that shares this one's slots."""
@@ -60,10 +61,24 @@ class ResidentStore:
 
     async def aclose(self) -> None:
         """Give all slots back."""
-        self.truncate(0)
+        slots = self._cut(0)
+        if len(slots) < MANY:
+            self._pool.give(slots)
+        else:
+            await anyio.to_thread.run_sync(self._pool.give, slots)
 
     def __repr__(self) -> str:
         return f"<ResidentStore {max(self._lengths, default=0)} tokens>"
+
+    def _cut(self, tokens: int) -> list[Slot]:
+        """Keep `tokens` tokens; returns the slots that nothing is left in."""
+        over: list[Slot] = []
+        for layer, slots in enumerate(self._slots):
+            self._lengths[layer] = min(self._lengths[layer], tokens)
+            kept = -(-self._lengths[layer] // BLOCK)
+            over += slots[kept:]
+            del slots[kept:]
+        return over
 
     def _writable(self, layer: int, index: int) -> Slot:
         slots = self._slots[layer]
@@ -74,6 +89,6 @@ class ResidentStore:
             used = self._lengths[layer] % BLOCK
             own.keys[:used] = shared.keys[:used]
             own.values[:used] = shared.values[:used]
-            self._pool.give(shared)
+            self._pool.give([shared])
             slots[index] = own
         return slots[index]
