@@ -3,6 +3,7 @@
 import functools
 import inspect
 import os
+import signal
 import sys
 import threading
 import time
@@ -14,12 +15,17 @@ import anyio.lowlevel
 import pytest
 import torch  # noqa: F401  its first import takes seconds, and must not count as a blocked loop
 
-BLOCKED_AFTER_S = 2.0
+BLOCKED_AFTER_S = 4.0
 
 
 @pytest.fixture(scope="module", params=["asyncio", "trio"])
 def anyio_backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+def pytest_sessionstart() -> None:
+    """A shell that starts a job in the background has it ignore Ctrl-C, and so would the programs that are interrupted here."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
