@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import anyio.to_thread
 import torch
 from torch import Tensor
 
 from .buffers import PAGE, Arena
 from .checkpoint import TensorEntry
+from .compute import Compute
 from .disk.base import Disk, Extent, Priority
 from .families.base import Family
 from .trace import Event, Trace
 from .weights import Weights
 
+FEW = 64
+"""Rows that the event loop may gather by itself. It must not do what torch does with several threads: a second team of them
+beside the compute thread's makes both wait for each other without spinning, which slows every pass by a tenth."""
 AT_ONCE = 256
 """Rows asked for in one call: a long prompt must not hold the event loop up."""
 
@@ -22,8 +25,8 @@ AT_ONCE = 256
 class Embedding:
     """Rows of `entry` [vocabulary, hidden]: from a tied head that is pinned, from a table of its own after `pin`, else read."""
 
-    def __init__(self, entry: TensorEntry, family: Family, weights: Weights, disk: Disk, trace: Trace) -> None:
-        self._entry, self._family, self._disk, self._trace = entry, family, disk, trace
+    def __init__(self, entry: TensorEntry, family: Family, weights: Weights, disk: Disk, compute: Compute, trace: Trace) -> None:
+        self._entry, self._family, self._disk, self._compute, self._trace = entry, family, disk, compute, trace
         self._row_nbytes = entry.extent.nbytes // entry.shape[0]
         heads = [index for index, piece in enumerate(weights.pieces) if piece.step is None]
         kept = [weights.pinned(index) for index in heads]
@@ -42,7 +45,7 @@ class Embedding:
     async def rows(self, ids: Sequence[int]) -> Tensor:
         """[T, hidden] for T token ids."""
         if self._blocks:
-            return self._kept(ids) if len(ids) <= 64 else await anyio.to_thread.run_sync(self._kept, ids)
+            return self._kept(ids) if len(ids) <= FEW else await self._compute.run(self._kept, ids)
         order = {number: row for row, number in enumerate(dict.fromkeys(ids))}
         out = torch.empty(len(order), self._family.hidden, dtype=self._family.dtype)
         memory = memoryview(out.view(torch.uint8).numpy().data).cast("B")
@@ -54,7 +57,9 @@ class Embedding:
             span = await self._disk.read_into(extents[at : at + AT_ONCE], buffers[at : at + AT_ONCE], Priority.NOW)
             nbytes = sum(extent.nbytes for extent in extents[at : at + AT_ONCE])
             self._trace.add(Event("safetensor_pread", span.start, span.end, nbytes=nbytes, path="safetensor-io", label="embedding rows"))
-        return out[[order[number] for number in ids]] if len(order) < len(ids) else out
+        return (
+            await self._compute.run(out.index_select, 0, torch.tensor([order[number] for number in ids])) if len(order) < len(ids) else out
+        )
 
     def forget(self) -> None:
         """Give the memory back."""
@@ -62,9 +67,4 @@ class Embedding:
 
     def _kept(self, ids: Sequence[int]) -> Tensor:
         size = self._blocks[0].shape[0]
-        wanted = torch.tensor(ids)
-        out = self._blocks[0].new_empty(len(ids), self._family.hidden)
-        for number, block in enumerate(self._blocks):
-            rows = (wanted // size == number).nonzero().view(-1)
-            out[rows] = block[wanted[rows] - number * size]
-        return out
+        return torch.stack([self._blocks[number // size][number % size] for number in ids])

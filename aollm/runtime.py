@@ -188,7 +188,7 @@ class Runtime:
         self._cleanup.callback(self._pool.forget)
         await weights.pin()
         norm = await _read_norm(family, found.checkpoint, disk)
-        embedding = Embedding(found.checkpoint[family.embedding], family, weights, disk, self.trace)
+        embedding = Embedding(found.checkpoint[family.embedding], family, weights, disk, compute, self.trace)
         self._cleanup.callback(embedding.forget)
         if "pinned embedding" in plan.ledger:
             await embedding.pin()
