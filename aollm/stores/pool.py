@@ -38,11 +38,15 @@ class BlockPool:
         self.tokens = tokens
         self.reserved = 0
         self._shape = (min(BLOCK, longest), heads, head_dim)
-        self._dtype = dtype
         self._half = pages(self._shape[0] * heads * head_dim * dtype.itemsize)
         slots = layers * (tokens // BLOCK + 2 * sequences)
         self._arena = Arena(slots * 2 * self._half, huge=False)
-        self._free = list(range(slots - 1, -1, -1))
+        # All views now: made one by one in the compute thread they would lie scattered over the memory that a pass frees again,
+        # and keep the allocator from using it for the next layer.
+        everything = self._arena.tensor(0, dtype, (slots, 2, self._half // dtype.itemsize))
+        rows, size = self._shape[0], self._shape[0] * heads * head_dim
+        halves = everything[:, :, :size].view(slots, 2, rows, heads, head_dim)  # [slots, 2, S, K, D]
+        self._free = [Slot(index, keys, values) for index, (keys, values) in enumerate(halves.unbind(0))]
 
     @staticmethod
     def nbytes(tokens: int, sequences: int, layers: int, row_nbytes: int) -> int:
@@ -62,9 +66,9 @@ class BlockPool:
 
     def take(self) -> Slot:
         """A slot of zeros."""
-        index = self._free.pop()
-        at = index * 2 * self._half
-        return Slot(index, self._arena.tensor(at, self._dtype, self._shape), self._arena.tensor(at + self._half, self._dtype, self._shape))
+        slot = self._free.pop()
+        slot.owners = 1
+        return slot
 
     def give(self, slots: Sequence[Slot]) -> None:
         """One owner fewer of each; the pages of what has none left go back to the system, which takes time for many."""
@@ -72,10 +76,11 @@ class BlockPool:
             slot.owners -= 1
             if not slot.owners:
                 self._arena.drop(slot.index * 2 * self._half, 2 * self._half)
-                self._free.append(slot.index)
+                self._free.append(slot)
 
     def forget(self) -> None:
         """Give all memory back; no slot can be used afterwards."""
+        self._free.clear()
         self._arena = Arena(PAGE, huge=False)
 
     def __repr__(self) -> str:
