@@ -122,7 +122,7 @@ class Stores(RuleBasedStateMachine):
 
     @invariant()
     def slots_are_neither_lost_nor_given_twice(self) -> None:
-        free = self.pool._free
+        free = [slot.index for slot in self.pool._free]
         held = {id(slot): slot for store, _ in self.live for slots in store._slots for slot in slots}
         assert len(set(free)) == len(free)
         assert sorted([*free, *(slot.index for slot in held.values())]) == list(range(self.slots))
