@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import fcntl
 import mmap
 import os
 import random
@@ -24,6 +25,7 @@ from aollm.disk.base import ALIGNMENT, BOUNCE, PIECE, Disk, Extent, Priority, Sp
 from aollm.disk.memory import MemoryDisk
 from aollm.disk.portable import PortableDisk
 from aollm.disk.ring import Ring
+from aollm.disk.strip import PARTS, after, strips
 from aollm.disk.threads import ThreadsDisk
 from aollm.disk.uring import UringDisk, probe
 from aollm.errors import ConfigError, DiskError
@@ -280,6 +282,198 @@ async def test_a_failed_sync_is_final(kind: str, tmp_path: Path, monkeypatch: py
             await disk.sync(file)
 
 
+@on_all
+@pytest.mark.parametrize("congruent", [True, False])
+async def test_exactly_what_was_given_is_written(kind: str, congruent: bool, tmp_path: Path, content: bytes) -> None:
+    """Whole pages and parts of them, one behind the other and apart, in one call."""
+    async with opened(kind) as disk:
+        file, end = place(disk, tmp_path / "a", bytes([GUARD]) * 100_000), 8 << 20
+        cut = [(0, 4096), (4096, PIECE + 8192), (PIECE + 12_288, 5), (PIECE + 12_293, 4091), (PIECE + 16_384, 4096), (end - PIECE, PIECE)]
+        cut += [(end, 4096), (end + 8192, 100), (end + 3 * PIECE + 1, PIECE + 4096), (end + 20_480, 0), (end + 16_384, 12_288)]
+        extents = [Extent(file, offset, nbytes) for offset, nbytes in cut]
+        expected = bytearray([GUARD]) * 100_000
+        expected.extend(bytes(extents[-3].end - len(expected)))
+        memory = arena(end + 8 * PIECE)
+        buffers = targets(memory, extents, congruent)
+        for i, (extent, buffer) in enumerate(zip(extents, buffers)):
+            buffer[:] = content[i : i + extent.nbytes]
+            expected[extent.offset : extent.end] = buffer
+        await disk.write(extents, buffers)
+        assert await disk.size(file) == len(expected)
+        found = arena(len(expected))
+        await disk.read_into([Extent(file, 0, len(expected))], [found])
+        assert found == expected
+        await disk.write(extents[::-1], [memoryview(content)[i : i + extent.nbytes] for i, extent in enumerate(extents)][::-1])  # read-only
+        await disk.read_into([Extent(file, 0, len(expected))], [found])
+        assert found == expected
+        await disk.write([], [])
+    if kind != "memory":
+        assert (tmp_path / "a").read_bytes() == expected
+
+
+Spied = list[tuple[bool, list[int], int]]
+
+
+def spy_on_writes(monkeypatch: pytest.MonkeyPatch, result: Callable[[int, list[memoryview], int], int] = os.pwritev) -> Spied:
+    """Whether each write is direct, the sizes of its parts, and its offset; `result` carries it out."""
+    seen: Spied = []
+
+    def pwritev(fd: int, parts: list[memoryview], offset: int) -> int:
+        seen.append((bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT), [part.nbytes for part in parts], offset))
+        return result(fd, parts, offset)
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    return seen
+
+
+def needs_direct(folder: Path) -> None:
+    (folder / "tried").touch()
+    if not auto.reads_directly(folder):
+        pytest.skip("this filesystem has no direct reads and writes")
+
+
+@kinds("threads-one", "uring-one")
+async def test_a_record_is_one_direct_write(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_direct(tmp_path)
+    seen = spy_on_writes(monkeypatch)
+    async with opened(kind) as disk:
+        file, memory, page = str(tmp_path / "a"), arena(PIECE), memoryview(bytes(4096))
+        extents = [Extent(file, 8192, 4096), Extent(file, 12_288, 65_536)]
+        await disk.write(extents, [memory[65_536:][:4096], memory[:65_536]])
+        await disk.write(extents, [page, memory[:65_536]])
+        await disk.write([Extent(file, 0, 4096), Extent(file, 4096, PIECE)], [memory[:4096], memory])
+    first, *second = seen[:3]
+    assert first == (True, [4096, 65_536], 8192)
+    assert sorted(second) == [(False, [4096], 8192), (True, [65_536], 12_288)]
+    assert sorted(seen[3:]) == [(True, [4096], PIECE), (True, [4096, PIECE - 4096], 0)]
+
+
+@kinds("threads", "threads-buffered")
+@pytest.mark.parametrize("most", [1, 4096, 5000, 70_000])
+async def test_short_writes_are_continued(kind: str, most: int, tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    pwritev, nbytes = os.pwritev, 4096 * (1 if most == 1 else 60)
+    seen = spy_on_writes(monkeypatch, lambda fd, parts, at: pwritev(fd, [part[:most] for part in parts[:1]], at))
+    async with opened(kind) as disk:
+        memory = arena(2 * nbytes)
+        memory[:] = content[: 2 * nbytes]
+        extents = [Extent(str(tmp_path / "a"), 0, nbytes), Extent(str(tmp_path / "a"), nbytes, nbytes)]
+        await disk.write(extents, [memory[:nbytes], memory[nbytes:]])
+        assert (tmp_path / "a").read_bytes() == content[: 2 * nbytes]
+    assert len(seen) >= 2 * nbytes // most
+    assert all(at % ALIGNMENT == 0 for direct, _, at in seen if direct)
+
+
+@kinds("threads", "uring")
+async def test_a_drive_that_refuses_direct_writes_gets_buffered_ones(
+    kind: str, tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_direct(tmp_path)
+    pwritev, real_open = os.pwritev, os.open
+
+    def refuse(fd: int, parts: list[memoryview], at: int) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return pwritev(fd, parts, at)
+
+    def open_buffered(path: str, flags: int, *arguments: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real_open(path, flags, *arguments)
+
+    async with opened(kind) as disk:
+        memory = arena(2 * PIECE)
+        memory[:] = content[: 2 * PIECE]
+        with monkeypatch.context() as patch:
+            seen = spy_on_writes(patch, refuse)
+            await disk.write([Extent(str(tmp_path / "a"), 0, 2 * PIECE)], [memory])
+            assert sorted(direct for direct, _, _ in seen) == [False, False, True, True]
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", open_buffered)
+            seen = spy_on_writes(patch)
+            await disk.write([Extent(str(tmp_path / "b"), 0, 2 * PIECE)], [memory])
+            assert [direct for direct, _, _ in seen] == [False, False]
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == content[: 2 * PIECE]
+
+
+@kinds("threads", "uring", "threads-buffered")
+async def test_a_write_that_fails(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(kind) as disk:
+        file, memory = str(tmp_path / "a"), arena(8192)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwritev", lambda *arguments: 0)
+            with pytest.raises(DiskError, match="a at byte 4096: the system wrote nothing"):
+                await disk.write([Extent(file, 4096, 8192)], [memory])
+            patch.setattr(os, "pwritev", fails_with(errno.ENOSPC))
+            with pytest.raises(DiskError, match="a at byte 4096: No space left on device; free some space"):
+                await disk.write([Extent(file, 4096, 8192)], [memory])
+        await disk.write([Extent(file, 4096, 8192)], [memory])  # the disk goes on
+    assert (tmp_path / "a").read_bytes() == bytes(4096) + memory
+
+
+@on_files
+async def test_only_the_first_sync_flushes_the_name(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, fsync, fdatasync = list[str](), os.fsync, os.fdatasync
+
+    def noted(kind: str, call: Callable[[int], None]) -> Callable[[int], None]:
+        return lambda fd: (synced.append(f"{kind} {os.path.basename(os.readlink(f'/proc/self/fd/{fd}'))}"), call(fd))[1]
+
+    monkeypatch.setattr(os, "fsync", noted("all", fsync))
+    monkeypatch.setattr(os, "fdatasync", noted("data", fdatasync))
+    async with opened(kind) as disk:
+        for _ in range(2):
+            await disk.write([Extent(str(tmp_path / "a"), 0, 3)], [memoryview(b"abc")])
+            await disk.sync(str(tmp_path / "a"))
+    assert synced == ["all a", f"all {tmp_path.name}", "data a"]
+
+
+@on_all
+async def test_a_forgotten_file_is_opened_anew(kind: str, tmp_path: Path) -> None:
+    async with opened(kind) as disk:
+        file, buffer = place(disk, tmp_path / "a", b"0123456789"), arena(4)
+        await disk.forget(file)  # nothing is open yet
+        place(disk, tmp_path / "a", b"0123456789")
+        await disk.write([Extent(file, 0, 2)], [memoryview(b"xy")])
+        await disk.read_into([Extent(file, 0, 4)], [buffer])
+        assert bytes(buffer) == b"xy23"
+        await disk.forget(file)
+        if isinstance(disk, MemoryDisk):
+            assert disk.files == {} and disk.forgotten == [file, file]
+        else:
+            assert file not in descriptors()
+            (tmp_path / "a").unlink()
+        with pytest.raises(DiskError, match=r"no such file|No such file"):
+            await disk.read_into([Extent(file, 0, 4)], [buffer])
+        await disk.forget(file)
+        place(disk, tmp_path / "a", b"another one")
+        await disk.read_into([Extent(file, 0, 4)], [buffer])
+        assert bytes(buffer) == b"anot"
+        await disk.write([Extent(file, 9, 1)], [memoryview(b"n")])
+        await disk.sync(file)
+        assert await disk.size(file) == 11
+
+
+@on_files
+async def test_a_new_file_may_be_synced_where_another_one_failed(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(kind) as disk:
+        file = str(tmp_path / "a")
+        await disk.write([Extent(file, 0, 3)], [memoryview(b"abc")])
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fails_with(errno.EIO))
+            with pytest.raises(DiskError):
+                await disk.sync(file)
+        await disk.forget(file)
+        with pytest.raises(DiskError, match="an earlier sync failed"):
+            await disk.sync(file)  # it may still be the same
+        await disk.forget(file)
+        os.unlink(file)
+        await disk.write([Extent(file, 0, 3)], [memoryview(b"abc")])
+        await disk.sync(file)
+
+
+def descriptors() -> list[str]:
+    return sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{fd}"))
+
+
 def fails_with(number: int) -> Callable[..., Any]:
     def fail(*arguments: object) -> None:
         raise OSError(number, os.strerror(number))
@@ -375,6 +569,7 @@ async def test_a_closed_disk_refuses(kind: str, tmp_path: Path) -> None:
             lambda: disk.read_into([Extent(file, 0, 10)], [arena(10)]),
             lambda: disk.write([Extent(file, 0, 10)], [memoryview(bytes(10))]),
             lambda: disk.sync(file),
+            lambda: disk.forget(file),
             lambda: disk.size(file),
         ):
             with pytest.raises(DiskError, match="closed"):
@@ -493,8 +688,7 @@ async def test_asyncio_cancel_waits_for_a_slow_drive(anyio_backend: str, tmp_pat
 @on_files
 async def test_nothing_stays_behind(kind: str, tmp_path: Path, content: bytes) -> None:
     def held() -> tuple[list[str], list[str]]:
-        descriptors = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{fd}")]
-        return sorted(descriptors), sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("aollm"))
+        return descriptors(), sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("aollm"))
 
     before = held()
     async with opened(kind) as disk:
@@ -552,6 +746,65 @@ def test_pieces_cover_an_extent_once(offset: int, nbytes: int, shift: int | None
     assert at == nbytes
     if shift is None or not direct:
         assert sum(piece.length for piece in cut if piece.bounced) < 2 * ALIGNMENT
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    cut=st.lists(
+        st.tuples(
+            st.sampled_from(["a", "b"]),
+            st.sampled_from([0, 0, 0, 4096, 77]),
+            st.one_of(st.sampled_from([0, 5, 4096, 8192, PIECE, PIECE + 4096, 2 * PIECE + 1]), st.integers(0, 3 * ALIGNMENT)),
+            st.booleans(),
+        ),
+        max_size=12,
+    )
+)
+def test_strips_cover_all_extents_once(cut: list[tuple[str, int, int, bool]]) -> None:
+    memory, readonly = arena(3 * PIECE), memoryview(bytes(3 * PIECE))
+    extents, buffers, ends = list[Extent](), list[memoryview](), {"a": 0, "b": 0}
+    for file, gap, nbytes, writable in cut:
+        extents.append(Extent(file, ends[file] + gap, nbytes))
+        buffers.append((memory if writable else readonly)[:nbytes])
+        ends[file] = extents[-1].end
+    covered = list[tuple[str, int]]()
+    for strip in strips(extents, buffers):
+        sizes = [part.nbytes for part in strip.parts]
+        assert all(sizes) and sum(sizes) <= PIECE
+        covered.append((strip.file, strip.offset))
+        if strip.aligned:
+            assert not any(number % ALIGNMENT for number in (strip.offset, *sizes, *(address(part) for part in strip.parts)))
+            assert not any(part.readonly for part in strip.parts)
+        covered.append((strip.file, strip.offset + sum(sizes)))
+    assert touching(covered) == touching([(extent.file, at) for extent in extents if extent.nbytes for at in (extent.offset, extent.end)])
+
+
+def touching(edges: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Starts and ends, without those where one ends and the next begins."""
+    found: list[tuple[str, int]] = []
+    for i in range(0, len(edges), 2):
+        if found and found[-1] == edges[i]:
+            found[-1] = edges[i + 1]
+        else:
+            found += edges[i : i + 2]
+    return found
+
+
+def test_a_strip_has_no_more_parts_than_the_system_takes() -> None:
+    buffer = memoryview(b"x")
+    cut = list(strips([Extent("a", i, 1) for i in range(2 * PARTS + 1)], [buffer] * (2 * PARTS + 1)))
+    assert [len(strip.parts) for strip in cut] == [PARTS, PARTS, 1]
+
+
+@given(sizes=st.lists(st.integers(1, 9), max_size=5), count=st.integers(0, 50))
+def test_what_is_left_after_a_short_write(sizes: list[int], count: int) -> None:
+    whole = bytes(range(sum(sizes)))
+    parts, at = list[memoryview](), 0
+    for size in sizes:
+        parts.append(memoryview(whole)[at : at + size])
+        at += size
+    left = after(parts, min(count, len(whole)))
+    assert b"".join(left) == whole[count:] and all(part.nbytes for part in left)
 
 
 # ---- the memory disk

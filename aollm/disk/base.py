@@ -59,11 +59,15 @@ class Disk(Protocol):
         ...
 
     async def write(self, extents: Sequence[Extent], buffers: Sequence[memoryview]) -> Span:
-        """Write `buffers[i]` to `extents[i]`, creating or growing files; durable only after `sync`."""
+        """Write `buffers[i]` to `extents[i]` (apart from each other), creating or growing files; durable only after `sync`."""
         ...
 
     async def sync(self, file: str) -> None:
         """Return when all that was written to `file` would survive a power cut."""
+        ...
+
+    async def forget(self, file: str) -> None:
+        """Let go of `file`: it is about to be removed or replaced. Nothing of it may be in flight."""
         ...
 
     async def size(self, file: str) -> int:

@@ -1,7 +1,8 @@
 """Open files, opened once and kept: how each may be read, and whether it is still the file that was opened.
 
 O_DIRECT where the filesystem has it, else reads that leave nothing in the page cache (RWF_DONTCACHE), else buffered
-reads whose pages are dropped afterwards.
+reads whose pages are dropped afterwards. A file that is written has two descriptors: one for what lines up with the
+drive's blocks, and a buffered one for the rest. It refuses to know what is asked of the files.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import errno
 import os
 import stat
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..errors import DiskError
+from .durability import Durability
+from .trouble import changed, disk_error
 
 Mode = Literal["direct", "dontcache", "buffered"]
 RWF_DONTCACHE = 0x80
@@ -28,6 +32,8 @@ class OpenFile:
     mode: Mode
     identity: tuple[int, int, int, int]
     writable: bool = False
+    direct: int | None = None
+    """A second descriptor, for direct writes, where the filesystem has them."""
 
     def check(self) -> None:
         """Raise `DiskError` if the file was altered since it was opened (its own writer may alter it)."""
@@ -43,7 +49,7 @@ class OpenFile:
         """Flags for `os.preadv`."""
         return RWF_DONTCACHE if self.mode == "dontcache" else 0
 
-    def forget(self, offset: int, nbytes: int) -> None:
+    def drop_pages(self, offset: int, nbytes: int) -> None:
         """Drop what a buffered read has left in the page cache."""
         if self.mode == "buffered":
             os.posix_fadvise(self.fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
@@ -77,52 +83,50 @@ class Files:
         """Make `path` durable, with its name if it is new."""
         file = self.get(path, writable=True)
         self._durability.sync(path, file.fd)
-        file.forget(0, 0)  # clean now, and direct reads do not need it
+        file.drop_pages(0, 0)  # clean now, and direct reads do not need it
+
+    def forget(self, path: str) -> None:
+        """Close what is open of `path`; the next `get` opens it anew. Nothing of it may be in flight."""
+        with self._lock:
+            found = [self._open.pop((path, writable), None) for writable in (False, True)]
+            self._durability.forget(path)
+            close_all(file for file in found if file is not None)
 
     def close(self) -> None:
         """Close all descriptors."""
         with self._lock:
-            for file in self._open.values():
-                os.close(file.fd)
+            close_all(self._open.values())
             self._open.clear()
 
     def _reader(self, path: str) -> OpenFile:
+        if (writer := self._open.get((path, True))) is not None and writer.direct is not None:
+            return replace(writer, fd=writer.direct, mode="direct")  # one descriptor less
         try:
             fd, mode = open_for_reading(path, self._direct)
         except OSError as error:
             raise disk_error(error, path) from error
         regular(fd, path)
-        return OpenFile(path, fd, mode, identity(os.fstat(fd)), writable=(path, True) in self._open)
+        return OpenFile(path, fd, mode, identity(os.fstat(fd)), writable=writer is not None)
 
     def _writer(self, path: str) -> OpenFile:
         try:
             fd, created = open_for_writing(path)
+            try:
+                direct = open_past_cache(path, fd) if self._direct else None
+            except BaseException:
+                os.close(fd)
+                raise
         except OSError as error:
             raise disk_error(error, path) from error
         if created:
-            self._durability.created.add(path)
-        return OpenFile(path, fd, "buffered", identity(os.fstat(fd)), writable=True)
+            self._durability.made(path)
+        return OpenFile(path, fd, "buffered", identity(os.fstat(fd)), writable=True, direct=direct)
 
 
-class Durability:
-    """Which files are new, so that their names must be made durable too, and which have failed."""
-
-    def __init__(self) -> None:
-        self.created: set[str] = set()
-        self._failed: set[str] = set()
-
-    def sync(self, path: str, fd: int) -> None:
-        """Flush a file to the drive. A failure is final: a second try could succeed without the bytes that were lost."""
-        if path in self._failed:
-            raise DiskError(f"{path}: an earlier sync failed, so what was written since is lost; write it again to another file")
-        try:
-            os.fsync(fd)
-            if path in self.created:
-                sync_folder(os.path.dirname(path))
-                self.created.discard(path)
-        except OSError as error:
-            self._failed.add(path)
-            raise disk_error(error, path) from error
+def close_all(files: Iterable[OpenFile]) -> None:
+    """Close what files have open; a reader and a writer may share."""
+    for fd in {fd for file in files for fd in (file.fd, file.direct) if fd is not None}:
+        os.close(fd)
 
 
 def regular(fd: int, path: str) -> None:
@@ -131,15 +135,6 @@ def regular(fd: int, path: str) -> None:
         os.close(fd)
         raise DiskError(f"{path} is not a regular file")
     os.set_blocking(fd, True)
-
-
-def sync_folder(path: str) -> None:
-    """Make the names in a folder durable; raises `OSError`."""
-    fd = os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def open_for_reading(path: str, direct: bool = True) -> tuple[int, Mode]:
@@ -170,25 +165,21 @@ def open_for_writing(path: str) -> tuple[int, bool]:
     return fd, created
 
 
-def disk_error(error: OSError, path: str, offset: int | None = None) -> DiskError:
-    """A foreign error in our own words."""
-    place = path if offset is None else f"{path} at byte {offset}"
-    hint = {
-        errno.ENOSPC: "; free some space",
-        errno.EMFILE: "; raise the limit on open files (ulimit -n)",
-        errno.ENOENT: "; check the path",
-    }
-    return DiskError(f"{place}: {error.strerror or error}{hint.get(error.errno or 0, '')}")
-
-
-def changed(path: str) -> DiskError:
-    """The error for a file that is not what it was when it was opened."""
-    return DiskError(f"{path} changed while it was in use; close the runtime and open it again on the finished file")
-
-
-def truncated(path: str, end: int, missing: int) -> DiskError:
-    """The error for a file that ends before a read does."""
-    return DiskError(f"{path} ends at byte {end}, {missing} bytes short: it is truncated")
+def open_past_cache(path: str, fd: int) -> int | None:
+    """A second descriptor of the file that `fd` is of, for direct writes; None where the filesystem has none."""
+    if (flag := getattr(os, "O_DIRECT", 0)) == 0:
+        return None
+    try:
+        direct = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | flag)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return None
+        raise
+    if not os.path.samestat(os.fstat(direct), os.fstat(fd)):
+        os.close(direct)
+        raise changed(path)
+    os.set_blocking(direct, True)
+    return direct
 
 
 def identity(status: os.stat_result) -> tuple[int, int, int, int]:

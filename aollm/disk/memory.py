@@ -1,6 +1,6 @@
 """Disk back end `memory`: files in a dict, for tests of what reads and writes. It can delay, fail and come back short.
 
-It keeps what was asked of it, in order: `reads`, `writes`, `synced`.
+It keeps what was asked of it, in order: `reads`, `writes`, `synced`, `forgotten`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import anyio
 
 from ..errors import DiskError
 from .base import Extent, Priority, Span, pairs
-from .files import truncated
+from .trouble import truncated
 
 Rule = Callable[[Extent], Exception | None]
 """The error that an extent meets, if any."""
@@ -46,6 +46,7 @@ class MemoryDisk:
         self.reads: list[Extent] = []
         self.writes: list[Extent] = []
         self.synced: list[str] = []
+        self.forgotten: list[str] = []
         self.closed = False
 
     @classmethod
@@ -84,6 +85,12 @@ class MemoryDisk:
         await self._begin([], self.writes)
         self._file(file)
         self.synced.append(file)
+
+    async def forget(self, file: str) -> None:
+        """Drop the bytes of `file`: nobody else would remove them."""
+        await self._begin([], self.writes)
+        self.files.pop(file, None)
+        self.forgotten.append(file)
 
     async def size(self, file: str) -> int:
         """The size of `file` in bytes."""

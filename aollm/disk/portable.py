@@ -21,7 +21,9 @@ import anyio.to_thread
 
 from ..errors import DiskError
 from .base import PIECE, Extent, Piece, Priority, Span, pairs, pieces
-from .files import Durability, changed, disk_error, identity, open_for_writing, regular, truncated
+from .durability import Durability
+from .files import identity, open_for_writing, regular
+from .trouble import changed, disk_error, nothing_written, truncated
 
 HANDLES = 4
 """Handles on each file that is read: a handle has one position, so it carries one read at a time."""
@@ -47,6 +49,13 @@ class Pool:
 
     def __post_init__(self) -> None:
         self.turns = anyio.Semaphore(self.count)
+
+    async def close(self) -> None:
+        """Wait for what is in flight and close the handles."""
+        for _ in range(self.count):
+            await self.turns.acquire()
+        while self.free:
+            await self.free.pop().close()
 
 
 Job = Callable[[], Awaitable[object]]
@@ -77,7 +86,7 @@ class PortableDisk:
         """Write `buffers[i]` to `extents[i]`."""
         return await self._carry_out(
             [
-                partial(self._with_handle, extent.file, True, partial(write_all, extent.offset, buffer))
+                partial(self._with_handle, extent.file, True, partial(write_all, extent, buffer))
                 for extent, buffer in pairs(extents, buffers)
             ]
         )
@@ -89,6 +98,15 @@ class PortableDisk:
             await anyio.to_thread.run_sync(self._durability.sync, file, handle.file.fileno())
 
         await self._carry_out([partial(self._with_handle, file, True, flush)])
+
+    async def forget(self, file: str) -> None:
+        """Close `file`; a later read or write opens what is there then."""
+        self._check()
+        with anyio.CancelScope(shield=True):
+            for writable in (False, True):
+                if (pool := self._pools.pop((file, writable), None)) is not None:
+                    await pool.close()
+        self._durability.forget(file)
 
     async def size(self, file: str) -> int:
         """The size of `file` in bytes."""
@@ -105,10 +123,7 @@ class PortableDisk:
         self._closed = True
         with anyio.CancelScope(shield=True):
             for pool in self._pools.values():
-                for _ in range(pool.count):
-                    await pool.turns.acquire()
-                while pool.free:
-                    await pool.free.pop().close()
+                await pool.close()
             self._pools.clear()
 
     def __repr__(self) -> str:
@@ -116,8 +131,7 @@ class PortableDisk:
 
     async def _carry_out(self, jobs: Sequence[Job]) -> Span:
         """Run the jobs, as many at a time as there are handles. Own tasks, so that even asyncio's `cancel()` waits for them."""
-        if self._closed:
-            raise DiskError("this disk is closed; open the runtime again")
+        self._check()
         start, rest, errors = perf_counter(), iter(jobs), list[DiskError]()
         async with anyio.create_task_group() as group:
 
@@ -135,6 +149,10 @@ class PortableDisk:
         if errors:
             raise errors[0]
         return Span(start, perf_counter())
+
+    def _check(self) -> None:
+        if self._closed:
+            raise DiskError("this disk is closed; open the runtime again")
 
     async def _with_handle(self, path: str, writable: bool, operation: Callable[[Handle], Awaitable[object]]) -> None:
         """Shielded while it runs: a thread has the caller's buffer."""
@@ -160,7 +178,7 @@ class PortableDisk:
         if flags & os.O_RDWR:
             fd, created = open_for_writing(path)
             if created:
-                self._durability.created.add(path)
+                self._durability.made(path)
             return fd
         fd = os.open(path, flags | os.O_NONBLOCK)  # a FIFO in place of a file must not block the opener
         regular(fd, path)
@@ -178,12 +196,14 @@ class PortableDisk:
             got += count
 
 
-async def write_all(offset: int, buffer: memoryview, handle: Handle) -> None:
-    """All of `buffer` at `offset`."""
+async def write_all(extent: Extent, buffer: memoryview, handle: Handle) -> None:
+    """All of `buffer` at `extent`."""
     done = 0
-    await handle.file.seek(offset)
+    await handle.file.seek(extent.offset)
     while done < buffer.nbytes:
-        done += await handle.file.write(buffer[done : done + PIECE])
+        if not (count := await handle.file.write(buffer[done : done + PIECE])):
+            raise nothing_written(extent.file, extent.offset + done)
+        done += count
 
 
 async def open_with_aiofiles(path: str, mode: Mode, opener: Opener) -> Handle:

@@ -5,6 +5,7 @@ The default. Operations wait in one heap, so that small urgent reads pass large 
 
 from __future__ import annotations
 
+import errno
 import itertools
 import mmap
 import os
@@ -18,9 +19,11 @@ import anyio
 
 from ..errors import DiskError
 from ..port import Port
-from .base import BOUNCE, PIECE, Extent, Piece, Priority, Span, address, down, pairs, pieces
-from .files import Files, OpenFile, disk_error, truncated
+from .base import ALIGNMENT, BOUNCE, Extent, Piece, Priority, Span, address, down, pairs, pieces
+from .files import Files, OpenFile
+from .strip import Strip, after, strips
 from .transfer import Transfer
+from .trouble import disk_error, nothing_written, truncated
 
 Job = Callable[[memoryview], object]
 """One operation; it may use the worker's own aligned `BOUNCE` bytes."""
@@ -55,15 +58,18 @@ class ThreadsDisk:
         return await self._submit(jobs, priority)
 
     async def write(self, extents: Sequence[Extent], buffers: Sequence[memoryview]) -> Span:
-        """Write `buffers[i]` to `extents[i]`."""
-        jobs: list[Job] = []
-        for extent, buffer in pairs(extents, buffers):
-            jobs.append(partial(write_all, await self.opened(extent.file, writable=True), extent.offset, buffer))
-        return await self._submit(jobs, Priority.SOON)
+        """Write `buffers[i]` to `extents[i]`, direct where both lie on whole pages."""
+        cut = list(strips(extents, buffers))
+        files = {file: await self.opened(file, writable=True) for file in dict.fromkeys(extent.file for extent in extents)}
+        return await self._submit([partial(write_strip, files[strip.file], strip) for strip in cut], Priority.SOON)
 
     async def sync(self, file: str) -> None:
         """Flush `file` to the drive."""
         await self._submit([lambda bounce: self.files.sync(file)], Priority.NOW)
+
+    async def forget(self, file: str) -> None:
+        """Close `file`; a later read or write opens what is there then."""
+        await self._submit([lambda bounce: self.files.forget(file)], Priority.NOW)
 
     async def size(self, file: str) -> int:
         """The size of `file` in bytes."""
@@ -127,21 +133,30 @@ def read_piece(file: OpenFile, piece: Piece, buffer: memoryview, bounce: memoryv
             if reached <= got:
                 raise truncated(file.path, piece.offset + got, wanted - got)
             got = reached
-        file.forget(piece.offset, piece.nbytes)
+        file.drop_pages(piece.offset, piece.nbytes)
     except OSError as error:
         raise disk_error(error, file.path, piece.offset + got) from error
     if piece.bounced:
         buffer[piece.start : piece.start + piece.length] = bounce[piece.skip : wanted]
 
 
-def write_all(file: OpenFile, offset: int, buffer: memoryview, bounce: memoryview) -> None:
-    """All of `buffer` at `offset`, or a `DiskError`."""
-    done = 0
-    try:
-        while done < buffer.nbytes:
-            done += os.pwrite(file.fd, buffer[done : done + PIECE], offset + done)
-    except OSError as error:
-        raise disk_error(error, file.path, offset + done) from error
+def write_strip(file: OpenFile, strip: Strip, bounce: memoryview) -> None:
+    """One operation of a write, whole or with a `DiskError`."""
+    fd = file.direct if strip.aligned and file.direct is not None else file.fd
+    rest, at = list(strip.parts), strip.offset
+    while rest:
+        try:
+            count = os.pwritev(fd, rest, at)
+        except OSError as error:
+            if error.errno != errno.EINVAL or fd == file.fd:
+                raise disk_error(error, file.path, at) from error
+            fd = file.fd  # this filesystem wants more than whole pages
+            continue
+        if count <= 0:
+            raise nothing_written(file.path, at)
+        rest, at = after(rest, count), at + count
+        if at % ALIGNMENT:  # a short write may end anywhere, and a direct one cannot begin there
+            fd = file.fd
 
 
 def _nothing(bounce: memoryview) -> None:

@@ -1,7 +1,7 @@
 """Disk back end `uring`: direct reads through the kernel's ring, one queue for all, no threads on their way.
 
-For drives that take many small reads, it costs less of the processor than `threads`. It refuses to touch the page
-cache: writes, and files that cannot be read directly, go to a small `ThreadsDisk`.
+For drives that take many small reads, it costs less of the processor than `threads`. It refuses to write,
+and to touch the page cache: both go to a small `ThreadsDisk`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import anyio
 from ..errors import DiskError
 from ..port import Port
 from .base import BOUNCE, Extent, Piece, Priority, Span, address, down, pairs, pieces
-from .files import OpenFile, disk_error, truncated
+from .files import OpenFile
 from .ring import Ring, probe
 from .threads import ThreadsDisk
 from .transfer import Call, Transfer
+from .trouble import disk_error, truncated
 
 __all__ = ["UringDisk", "probe"]
 
@@ -97,6 +98,10 @@ class UringDisk:
     async def sync(self, file: str) -> None:
         """Flush `file` to the drive."""
         await self._rest.sync(file)
+
+    async def forget(self, file: str) -> None:
+        """Close `file`; a later read or write opens what is there then."""
+        await self._rest.forget(file)
 
     async def size(self, file: str) -> int:
         """The size of `file` in bytes."""
