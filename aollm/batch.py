@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import StoreError
 from .families.base import Angles, Family
 from .request import Answer, Request
-from .stores.base import Store
+from .stores.store import Store
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Segment:
     """One answer's `rows` rows of a pass, from row `first` on; they stand at positions from `start` on."""
 
@@ -22,6 +23,19 @@ class Segment:
     first: int
     rows: int
     start: int
+    missed: int | None = None
+    """The position from which on its history has been lost."""
+    reason: StoreError | None = None
+
+    def miss(self, position: int, reason: StoreError) -> None:
+        """A block of its history cannot be read: it leaves the pass, and goes back to where the history is whole."""
+        if self.missed is None or position < self.missed:
+            self.missed, self.reason = position, reason
+
+    @property
+    def leaves(self) -> bool:
+        """Whether it is not to go on."""
+        return self.missed is not None or self.answer.request.cancelled
 
     @property
     def ends_input(self) -> bool:
@@ -51,13 +65,18 @@ class Batch:
         return {segment.answer.request for segment in self.segments}
 
     @property
-    def cancelled(self) -> bool:
-        """Whether any rider wants to leave."""
-        return any(segment.answer.request.cancelled for segment in self.segments)
+    def leaving(self) -> bool:
+        """Whether anybody leaves."""
+        return any(segment.leaves for segment in self.segments)
 
-    def without_cancelled(self) -> tuple[Batch, Tensor]:
+    @property
+    def all_leaving(self) -> bool:
+        """Whether nobody stays."""
+        return all(segment.leaves for segment in self.segments)
+
+    def without_leaving(self) -> tuple[Batch, Tensor]:
         """The batch of those who stay, and the rows to keep."""
-        stay = [segment for segment in self.segments if not segment.answer.request.cancelled]
+        stay = [segment for segment in self.segments if not segment.leaves]
         batch = Batch([(segment.answer, segment.store, segment.rows) for segment in stay])
         keep = [torch.arange(segment.first, segment.first + segment.rows) for segment in stay]
         return batch, torch.cat(keep) if keep else torch.empty(0, dtype=torch.int64)

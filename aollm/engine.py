@@ -7,28 +7,36 @@ whether they prefill or decode. It refuses to know text, settings and where weig
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import anyio
+import torch
 from torch import Tensor
 
+from .ahead import Ahead
 from .batch import Batch, Segment
+from .buffers import Lease
 from .compute import Compute
 from .embedding import Embedding
-from .errors import AollmError, ModelError, RequestError
+from .errors import AollmError, ModelError, RequestError, StoreError
+from .itinerary import reads
+from .maths.attention import BLOCK
 from .request import Answer, Request
 from .sampling import Draw
-from .stores.base import Store
-from .stores.pool import BlockPool
-from .sweep import Leave, Load, Model, Wait, sweep
+from .stores.cell import Run
+from .stores.records import Loaded
+from .stores.store import Store
+from .sweep import Gather, Leave, Load, Model, Room, Wait, sweep
 from .trace import Event
 
 FOREIGN = (RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, AttributeError, AssertionError, MemoryError)
 """What torch and a family's code may raise on weights or settings that they cannot cope with."""
 CLOSED = "the runtime was closed before this request was answered"
+MOST_MISSES = 8
+"""Times that an answer's lost history is computed again before the drive is held to be broken."""
 RIDING_ROWS = 4096
 """Prompt rows that a pass takes on while others decode, so that one long prompt does not hold them up for minutes."""
 
@@ -40,21 +48,22 @@ class _Done:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much there may be at once: rows of a pass, requests that ride, answers in the making."""
+    """How much there may be at once: rows of a pass, requests that ride, answers in the making, tokens of one."""
 
     rows: int
     requests: int
     answers: int
+    context: int
 
 
 class Engine:
     """Serves requests with one model until it is cancelled."""
 
-    def __init__(
-        self, model: Model, embedding: Embedding, compute: Compute, pool: BlockPool, new_store: Callable[[], Store], limits: Limits
-    ) -> None:
-        self._model, self._embedding, self._compute = model, embedding, compute
-        self._pool, self._new_store, self._limits = pool, new_store, limits
+    def __init__(self, model: Model, embedding: Embedding, compute: Compute, limits: Limits) -> None:
+        self._model, self._embedding, self._compute, self._limits = model, embedding, compute, limits
+        self._cache = model.cache
+        self._cache.freed = self.wake
+        self._reads: Ahead[Run, list[Loaded]] | None = None
         self._inbox: deque[Request] = deque()
         self._riders: list[Request] = []
         self._work = anyio.Event()
@@ -65,9 +74,10 @@ class Engine:
         """Have `request` join as soon as it fits; those that came before it go first."""
         if self._closed:
             raise RequestError(CLOSED)
-        if request.tokens_at_most > self._pool.tokens:
+        room, wanted = self._cache.pool.tokens, self._cache.reservation(request.tokens_at_most, len(request.answers))
+        if wanted > room:
             raise RequestError(
-                f"this request can come to {request.tokens_at_most} tokens of KV, the runtime has room for {self._pool.tokens}; "
+                f"this request can come to {wanted} tokens of KV in memory, the runtime has room for {room}; "
                 "shorten the prompt, lower max_new_tokens or n, or open the runtime with more memory or a larger max_context_tokens"
             )
         self._inbox.append(request)
@@ -121,8 +131,8 @@ class Engine:
             for request in [waiting for waiting in self._inbox if waiting.cancelled]:
                 self._inbox.remove(request)
                 request.close()
-            while self._inbox and self._joins(self._inbox[0]):
-                self._inbox.popleft()
+            while self._inbox and await self._joins(self._inbox[0]):
+                pass
             ready = [answer for rider in self._riders if rider.has_room for answer in rider.live if answer.store is not None]
             if ready:
                 return self._pack(ready)
@@ -130,28 +140,41 @@ class Engine:
 
     async def _sweep(self, batch: Batch) -> tuple[Batch, Tensor]:
         """One pass; returns who stayed, and the logits of those whose input ended."""
+        await self._model.weights.begin()
         start = perf_counter()
+        tails = sum(min(segment.rows, BLOCK) for segment in batch.segments)
+        await self._cache.turn(len(batch), tails)
         x = await self._embedding.rows(batch.ids)
         self._model.trace.add(Event("stall", start, perf_counter(), label="embedding"))
         work = sweep(self._model, batch, x)
         reply: Any = None
-        while True:
-            step = await self._compute.run(_advance, work, reply)
-            if isinstance(step, _Done):
-                stayed, logits = step.value
-                if not len(stayed):  # the pass ended before the round did
-                    await self._model.weights.restart()
-                self.passes += 1
-                return stayed, logits
-            start = perf_counter()
-            reply = await self._answer(step)
-            self._model.trace.add(Event("stall", start, perf_counter(), label=type(step).__name__.lower()))
+        try:
+            await self._read_ahead(batch, 0)
+            while True:
+                step = await self._compute.run(_advance, work, reply)
+                if isinstance(step, _Done):
+                    break
+                start = perf_counter()
+                reply = await self._answer(step)
+                self._model.trace.add(Event("stall", start, perf_counter(), label=type(step).__name__.lower()))
+        finally:
+            await self._stop_reading()
+        stayed, logits = step.value
+        if not len(stayed):  # the pass ended before the round did
+            await self._model.weights.restart()
+        self.passes += 1
+        return stayed, logits
 
     async def _emit(self, batch: Batch, draws: list[list[Draw] | AollmError]) -> None:
         """Move the answers on by their rows, and hand out what was sampled."""
         sampled = iter(draws)
         for segment in batch.segments:
             answer, request = segment.answer, segment.answer.request
+            if segment.missed is not None:
+                if segment.ends_input:
+                    next(sampled)
+                await self._go_back(segment)
+                continue
             answer.position += segment.rows
             if not segment.ends_input:
                 answer.pending = answer.pending[segment.rows :]
@@ -166,6 +189,9 @@ class Engine:
                     if choice.store is None:  # its siblings go on from the prompt that the first one prefilled
                         choice.store, choice.position = segment.store.fork(), answer.position
                     request.accept(choice, draw)
+                    choice.store.accept([draw.id])
+                    if choice.position >= self._limits.context and not choice.finished:
+                        await self._shift(choice)
             if not request.live:
                 await self._retire(request)
 
@@ -173,22 +199,136 @@ class Engine:
         match wait:
             case Load():
                 return await self._model.weights.next()
-            case Leave(batch, stay):
-                for request in batch.requests - stay.requests:
+            case Gather():
+                assert self._reads is not None
+                try:
+                    return await self._reads.next()
+                except StoreError as error:
+                    return error
+            case Room(rows):
+                return await self._cache.relieve(rows)
+            case Leave(batch, stay, piece):
+                await self._stop_reading()
+                for request in {segment.answer.request for segment in batch.segments if segment.answer.request.cancelled}:
                     await self._retire(request)
-                return None
+                for segment in batch.segments:
+                    if segment.missed is not None and not segment.answer.request.closed:
+                        await self._go_back(segment)
+                await self._read_ahead(stay, piece)
 
-    def _joins(self, request: Request) -> bool:
-        """Let the first in line ride, if there is room."""
+    async def _read_ahead(self, batch: Batch, piece: int) -> None:
+        """Begin to read the blocks that the pass will fold from `piece` on, if there are any."""
+        cache = self._cache
+        if cache.records is None:
+            return
+
+        def plan() -> Iterator[Run]:
+            return reads(batch, self._model.family, piece, self._model.chunk_rows, cache.window, cache.run_nbytes)
+
+        async def load(run: Run, lease: Lease) -> list[Loaded]:
+            assert cache.records is not None
+            return await cache.records.read(run, cache.ring.arena.bytes[lease.offset : lease.offset + run.nbytes])
+
+        if next(plan(), None) is not None:
+            ahead = Ahead(plan(), lambda run: run.nbytes, load, cache.ring)
+            await ahead.__aenter__()
+            self._reads = ahead
+
+    async def _stop_reading(self) -> None:
+        if self._reads is not None:
+            ahead, self._reads = self._reads, None
+            await ahead.__aexit__(None, None, None)
+
+    async def _go_back(self, segment: Segment) -> None:
+        """A part of an answer's history was lost: what was stored is a miss, and the rest is computed again."""
+        answer, store = segment.answer, segment.store
+        assert segment.missed is not None and segment.reason is not None
+        answer.misses += 1
+        if answer.misses > MOST_MISSES:
+            answer.request.close(segment.reason)
+            await self._retire(answer.request)
+            return
+        answer.request.prefix_miss_reason = str(segment.reason)
+        await self._cache.missed(store, segment.missed, segment.reason)
+        answer.resume(store.truncate(segment.missed))
+
+    async def _shift(self, answer: Answer) -> None:
+        """The context is full: leave out the older half of what follows the prefix that is kept.
+
+        Where the family can turn its keys back, they are; else, or if a block cannot be read, the rest is prefilled again.
+        """
+        store, kv = answer.store, self._model.family.kv
+        assert store is not None
+        keep, dropped, end = answer.drop_half()
+        turn = kv.shift
+        if turn is not None and answer.request.shift == "rotate" and not store.states and self._cache.window is None:
+            try:
+                for layer in range(kv.layers):
+                    rows = await self._rows(store, layer, keep + dropped, end)
+                    self._cache.memory.disown(store.cut(layer, keep))
+                    await self._compute.run(store.append, layer, turn(rows[0], dropped), rows[1])
+                    self._cache.settle(layer, [store])
+            except StoreError:
+                answer.resume(store.truncate(keep))
+            else:
+                store.replaced(answer.visible)
+            return
+        answer.resume(store.truncate(keep))
+
+    async def _rows(self, store: Store, layer: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Copies of a layer's keys and values at positions [first, last), wherever they are."""
+        parts = []
+        for cell in store.cells(layer, first):
+            low, high = max(first - cell.start, 0), min(last - cell.start, BLOCK)
+            if cell.slot is not None:
+                keys, values = cell.slot.keys, cell.slot.values
+            else:
+                assert self._cache.records is not None
+                loaded = await self._cache.records.read_apart(cell)
+                keys, values = await self._compute.run(loaded.decode)
+            if low < high:
+                parts.append((keys[low:high].clone(), values[low:high].clone()))
+        return torch.cat([keys for keys, _ in parts]), torch.cat([values for _, values in parts])
+
+    async def _joins(self, request: Request) -> bool:
+        """Let the first in line ride, if there is room; it takes what is stored of its prompt along."""
         answers = sum(len(rider.answers) for rider in self._riders) + len(request.answers)
         if len(self._riders) >= self._limits.requests or (self._riders and answers > self._limits.answers):
             return False
-        if not self._pool.reserve(request.tokens_at_most):
+        store = await self._store_for(request)
+        if store is None:
             return False
-        request.reserved = request.tokens_at_most
-        request.answers[0].store = self._new_store()
+        self._inbox.popleft()
         self._riders.append(request)
+        answer = request.answers[0]
+        answer.store = store
+        whole = len(request.prompt) - 1  # the last token's logits are wanted
+        if store.ids:
+            answer.position = store.truncate(shared(store.ids, request.prompt[:whole]))
+            await self._cache.ready(store)
+        else:
+            answer.position, request.prefix_miss_reason = await self._cache.adopt(store, request.prompt[:whole])
+        request.prefix_hit_tokens = answer.position
+        answer.resume(answer.position)
         return True
+
+    async def _store_for(self, request: Request) -> Store | None:
+        """The session's store or a new one, with what the request can need set aside; None while there is no room."""
+        kept = request.session.store if request.session is not None else None
+        if kept is not None and kept.closed:
+            kept = None
+        had = kept.reserved if kept is not None else 0
+        wanted = max(self._cache.reservation(request.tokens_at_most, len(request.answers)), had)
+        while not self._cache.pool.reserve(wanted - had):
+            if not await self._cache.close_idle(kept):
+                return None
+        if kept is None:
+            kept = self._cache.open(request.salt)
+        self._cache.idle.pop(kept.number, None)
+        if request.session is not None:
+            request.session.store = None
+        kept.reserved = wanted
+        return kept
 
     def _pack(self, ready: list[Answer]) -> Batch:
         decoding = [answer for answer in ready if answer.produced]
@@ -196,6 +336,8 @@ class Engine:
         parts = [(answer, 1) for answer in decoding]
         for answer in (answer for answer in ready if not answer.produced):
             rows = min(len(answer.pending), room)
+            if rows < len(answer.pending):  # cut where chunks are cut, so that results do not depend on it
+                rows = rows // self._model.chunk_rows * self._model.chunk_rows or rows
             if rows:
                 parts.append((answer, rows))
                 room -= rows
@@ -207,11 +349,15 @@ class Engine:
             self._riders.remove(request)
         with anyio.CancelScope(shield=True):
             for answer in request.answers:
-                if answer.store is not None:
-                    await answer.store.aclose()
-                    answer.store = None
-        self._pool.release(request.reserved)
-        request.reserved = 0
+                store, answer.store = answer.store, None
+                if store is None:
+                    continue
+                if request.session is not None and answer.choice == 0 and request.error is None:
+                    store.truncate(answer.position)
+                    request.session.store = store
+                    self._cache.rest(store)
+                else:
+                    await store.aclose()
         request.close()
         self.wake()
 
@@ -243,7 +389,7 @@ def _drawing(answer: Answer) -> list[Answer]:
 def _sample(batch: Batch, logits: Tensor) -> list[list[Draw] | AollmError]:
     """For each segment whose input ended a draw for each of its answers, or why there is none. Runs in the compute thread."""
     ends = [segment for segment in batch.segments if segment.ends_input]
-    return [_draw(segment, row) for segment, row in zip(ends, logits, strict=True)]
+    return [[] if segment.missed is not None else _draw(segment, row) for segment, row in zip(ends, logits, strict=True)]
 
 
 def _draw(segment: Segment, row: Tensor) -> list[Draw] | AollmError:
@@ -253,3 +399,11 @@ def _draw(segment: Segment, row: Tensor) -> list[Draw] | AollmError:
         return error
     except FOREIGN as error:
         return ModelError(f"no token could be drawn: {error}")
+
+
+def shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Tokens that two sequences begin with alike."""
+    for count, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return count
+    return min(len(first), len(second))

@@ -9,11 +9,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .buffers import Ledger, pages
+from .buffers import Ledger, pages, size
+from .errors import MemoryBudgetError
 from .families.base import Family
+from .maths.attention import BLOCK
 from .placement import band, ring_nbytes, spread
 from .settings import MAX_ANSWERS, RuntimeConfig
 from .stores.pool import BlockPool
+from .stores.presets import PRESETS
+from .stores.record import record_nbytes
 from .weights import Piece, pinned_nbytes
 
 CHUNK_ROWS = 512
@@ -21,6 +25,8 @@ CHUNK_ROWS = 512
 KV_SHARE, ACTIVATION_SHARE = 1 / 8, 1 / 16
 """Shares of the memory that go to KV and to rows under way when the caller does not say how many tokens there will be."""
 LEAST_RING = 256 << 10
+RUN_NBYTES = 4 << 20
+"""Bytes of stored blocks that are read together: what a drive needs to reach its speed."""
 SLACK = 64 << 20
 """For what nobody can count beforehand: thread stacks, the allocator's leftovers, scratch memory of matrix products."""
 
@@ -42,7 +48,10 @@ class RuntimePlan:
     streamed_nbytes_per_pass: int
     ring_nbytes: int
     kv_nbytes_per_token: int
+    kv_cache_strategy: str
     kv_tokens: int
+    """Tokens whose keys and values are in memory at most."""
+    kv_ring_nbytes: int
     max_context_tokens: int
     max_concurrent_requests: int
     max_answers: int
@@ -68,9 +77,11 @@ def make_plan(
     ledger = Ledger(memory)
     ledger.lines["interpreter and libraries"] = in_use
     ledger.lines["slack"] = SLACK
-    context, kv_tokens = _tokens(config, family, ledger.free)
-    max_rows, chunk_rows = _rows(config, family, kv_tokens, ledger.free)
-    kv_nbytes = BlockPool.nbytes(kv_tokens, _answers(config), family.kv.layers, family.kv.row_nbytes)
+    kv = kv_share(config, family, ledger.free)
+    context, kv_tokens = kv.context, kv.tokens
+    max_rows, chunk_rows = _rows(config, family, kv, ledger.free)
+    kv_nbytes = BlockPool.nbytes(kv_tokens, _answers(config), family.kv.layers, family.kv.row_nbytes) + kv.ring_nbytes
+    kv_nbytes += _answers(config) * 2 * family.kv.state_nbytes
     activations = (
         max_rows * _row_nbytes(family)
         + family.activation_nbytes(chunk_rows) * 5 // 4  # the allocator does not fit them without gaps
@@ -99,30 +110,62 @@ def make_plan(
         weights_nbytes=sum(piece.read_nbytes for piece in pieces),
         pinned_nbytes=sum(pieces[index].read_nbytes for index in pinned),
         streamed_nbytes_per_pass=sum(piece.read_nbytes for index, piece in enumerate(pieces) if index not in pinned),
-        ring_nbytes=ring, kv_nbytes_per_token=family.kv.token_nbytes, kv_tokens=kv_tokens, max_context_tokens=context,
+        ring_nbytes=ring, kv_nbytes_per_token=family.kv.token_nbytes, kv_cache_strategy=config.kv_cache_strategy,
+        kv_tokens=kv_tokens, kv_ring_nbytes=kv.ring_nbytes, max_context_tokens=context,
         max_concurrent_requests=config.max_concurrent_requests, max_answers=_answers(config), max_rows=max_rows, chunk_rows=chunk_rows,
         disk_backend=disk[0], disk_reason=disk[1],
     )  # fmt: skip
 
 
-def _tokens(config: RuntimeConfig, family: Family, free: int) -> tuple[int, int]:
-    """The longest context, and how many tokens of KV all requests have together."""
-    share = max(int(free * KV_SHARE) // family.kv.token_nbytes, 1)
-    if config.max_context_tokens is None:
-        context = min(family.context, share)
-        return context, min(context * config.max_concurrent_requests, share)
-    context = config.max_context_tokens
-    return context, max(context, min(context * config.max_concurrent_requests, share))
+@dataclass(frozen=True, slots=True)
+class KvShare:
+    """What keys and values have: the longest `context`, `tokens` in memory, a ring to read others into, and whether those are on disk."""
+
+    context: int
+    tokens: int
+    ring_nbytes: int
+    on_disk: bool
 
 
-def _rows(config: RuntimeConfig, family: Family, kv_tokens: int, free: int) -> tuple[int, int]:
-    """How many rows a pass may have, and how many of them are computed at a time."""
+def kv_share(config: RuntimeConfig, family: Family, free: int) -> KvShare:
+    """Of `free` bytes, what `config` asks for or, where it says nothing, `KV_SHARE`."""
+    kv, preset = family.kv, PRESETS[config.kv_cache_strategy]
+    token = max(kv.token_nbytes, 1)
+    share = config.kv_cache_memory or int(free * KV_SHARE)
+    if preset.layout is None:
+        tokens = max(share // token, 1)
+        if config.max_context_tokens is None:
+            context = min(family.context, tokens)
+        else:
+            context = config.max_context_tokens
+            tokens = max(tokens, context) if config.kv_cache_memory is None else tokens
+        return KvShare(context, max(min(context * config.max_concurrent_requests, tokens), 1), 0, False)
+    context = config.max_context_tokens or family.context
+    record = record_nbytes(preset.codec.payload_nbytes(min(BLOCK, context), kv.row_nbytes, kv.dtype.itemsize))
+    ring = (config.prefetch_depth + 1) * max(record, min(RUN_NBYTES, free // 32) // record * record)
+    tokens = min(share // token, context * config.max_concurrent_requests)
+    least = min(BLOCK, context) + -(-4 * 32 // max(kv.layers, 1))
+    if tokens < least:
+        if config.kv_cache_memory is not None:
+            raise MemoryBudgetError(
+                f"kv_cache_memory={size(share)} is too small: a sequence's last block takes {size(least * token)} of this model"
+            )
+        tokens = least
+    return KvShare(context, tokens, ring, True)
+
+
+def _rows(config: RuntimeConfig, family: Family, kv: KvShare, free: int) -> tuple[int, int]:
+    """How many rows a pass may have, and how many of them are computed at a time. Keys and values of two layers' rows
+    have to be in memory beside everybody's last block."""
     chunk = config.dense_projection_chunk_rows or CHUNK_ROWS
     while config.dense_projection_chunk_rows is None and chunk > 32 and family.activation_nbytes(chunk) > free * ACTIVATION_SHARE:
         chunk //= 2
+    most = max(kv.tokens, _answers(config))
+    if kv.on_disk:
+        most = max((kv.tokens - min(BLOCK, kv.context)) * family.kv.layers // 16, 32)
     rows = max(int(free * ACTIVATION_SHARE) // _row_nbytes(family), chunk, _answers(config))
-    rows = min(rows, max(kv_tokens, _answers(config)))
-    return rows, min(chunk, rows)
+    rows = max(min(rows, most), _answers(config))
+    return (rows // chunk * chunk if rows > chunk else rows), min(chunk, rows)
 
 
 def _answers(config: RuntimeConfig) -> int:

@@ -16,7 +16,7 @@ import anyio
 from .errors import AollmError
 from .maths.attention import BLOCK
 from .sampling import Draw, Sampler
-from .stores.base import Store
+from .stores.store import Store
 
 OUTBOX = 64
 """Tokens that wait for a slow reader before its request pauses."""
@@ -28,6 +28,12 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
+
+
+class Session(Protocol):
+    """Who keeps a request's store when the request has ended."""
+
+    store: Store | None
 
 
 class Decoder(Protocol):
@@ -66,6 +72,32 @@ class Answer:
     position: int = 0
     produced: int = 0
     finished: bool = False
+    misses: int = 0
+    """How often a part of its history was lost and computed again."""
+    keep: int = 0
+    dropped: int = 0
+    """Tokens after the first `keep` that context shifts have left out of its store."""
+
+    @property
+    def visible(self) -> list[int]:
+        """The tokens that its store has, or is to have."""
+        return self.history[: self.keep] + self.history[self.keep + self.dropped :] if self.dropped else self.history
+
+    def resume(self, position: int) -> None:
+        """Go on from the first `position` of the visible tokens, which are in the store; the others are to be computed."""
+        self.position = position
+        self.pending = self.visible[position:]
+        assert self.store is not None
+        self.store.accept(self.pending)
+
+    def drop_half(self) -> tuple[int, int, int]:
+        """Leave out the older half of what follows the first tokens that are kept: how many are kept, how many are left out
+        now, and how many the store had."""
+        self.keep = min(self.request.keep_tokens, self.position // 2)
+        dropped = (self.position - self.keep) // 2
+        self.dropped += dropped
+        end, self.position = self.position, self.position - dropped
+        return self.keep, dropped, end
 
 
 class Request:
@@ -74,6 +106,7 @@ class Request:
     def __init__(
         self, number: int, prompt: Sequence[int], max_new_tokens: int, stop_ids: frozenset[int],
         samplers: Sequence[Sampler], decoders: Sequence[Decoder], wake: Callable[[], None],
+        salt: str = "", session: Session | None = None, shift: str = "stop", keep_tokens: int = 0, context: int = 1 << 62,
     ) -> None:  # fmt: skip
         self.number = number
         self.prompt = list(prompt)
@@ -83,7 +116,13 @@ class Request:
         self.closed = False
         self.error: AollmError | None = None
         self.progress = 0.0
-        self.reserved = 0
+        self.salt = salt
+        self.session = session
+        self.shift = shift
+        self.keep_tokens = keep_tokens
+        self._context = context
+        self.prefix_hit_tokens = 0
+        self.prefix_miss_reason: str | None = None
         self._wake = wake
         self._outbox: deque[Token] = deque()
         self._changed = anyio.Event()
@@ -96,7 +135,8 @@ class Request:
     def tokens_at_most(self) -> int:
         """Tokens of KV that it can come to fill: the prompt once, each answer, and the block that each further answer copies."""
         forks = len(self.answers) - 1
-        return len(self.prompt) + len(self.answers) * self.max_new_tokens + forks * (len(self.prompt) % BLOCK)
+        whole = len(self.prompt) + len(self.answers) * self.max_new_tokens + forks * (len(self.prompt) % BLOCK)
+        return min(whole, len(self.answers) * self._context)
 
     @property
     def has_room(self) -> bool:
@@ -149,6 +189,11 @@ class Request:
         if held and self.has_room:
             self._wake()
         return token
+
+    async def ended(self) -> None:
+        """Return when no more tokens will come."""
+        while not self.closed:
+            await self._changed.wait()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "cancelled" if self.cancelled else "live"

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -18,7 +17,7 @@ import anyio.to_thread
 import torch
 from anyio.abc import TaskGroup
 
-from .buffers import Arena, Lease, size
+from .buffers import Arena, size
 from .checkpoint import Checkpoint
 from .compute import Compute
 from .disk.auto import open_disk
@@ -27,14 +26,15 @@ from .embedding import Embedding
 from .engine import Engine, Limits
 from .errors import ConfigError, DiskError, RequestError, first_of
 from .families.base import Family
+from .kv import cache_state, open_cache
 from .plan import RuntimePlan
 from .port import Port
 from .probe import drive_speed
 from .request import FinishReason, Request, Token
 from .sampling import Sampler
+from .session import Session
 from .settings import GenerationConfig, RuntimeConfig
-from .stores.pool import BlockPool
-from .stores.resident import ResidentStore
+from .stores.cache import Cache
 from .stream import Choice, Completion, TokenStream, Usage
 from .survey import locate, survey
 from .sweep import Model
@@ -61,6 +61,7 @@ class Runtime:
         self.plan: RuntimePlan
         self.text: Text
         self.engine: Engine
+        self.cache: Cache
         self._opened = False
         self._port: Port | None = None
         self._given_disk = disk
@@ -110,9 +111,12 @@ class Runtime:
             await self._cleanup.aclose()
         return bool(swallowed) and own is not None
 
-    def stream(self, prompt: Prompt, generation: GenerationConfig | None = None, **fields: Any) -> TokenStream:
+    def stream(
+        self, prompt: Prompt, generation: GenerationConfig | None = None, *, session: Session | None = None, **fields: Any
+    ) -> TokenStream:  # fmt: skip
         """An answer token by token. `prompt` is text, token ids, or chat messages; `fields` are those of `GenerationConfig`.
 
+        `session`: whose keys and values it goes on from (see `runtime.session`, which gives prompts of its own).
         Raises `RequestError` here for a malformed setting, and from the stream for a prompt that cannot be taken.
         """
         settings = GenerationConfig.of(generation, fields)
@@ -122,19 +126,32 @@ class Runtime:
             if not self._opened:
                 raise RequestError("the runtime is not open: ask it inside `async with Runtime.open(...) as runtime`")
             ids = await self._encode(prompt)
-            limit = min(settings.max_new_tokens, self.plan.max_context_tokens - len(ids))
-            if limit < 1:
+            room = self.plan.max_context_tokens - len(ids)
+            limit = settings.max_new_tokens if settings.context_shift != "stop" else min(settings.max_new_tokens, room)
+            if room < 1:
                 raise RequestError(
                     f"the prompt has {len(ids)} tokens and the context {self.plan.max_context_tokens}: shorten it, "
                     "or open the runtime with a larger max_context_tokens"
                 )
             samplers = [Sampler(sampling, self._family.vocabulary, choice) for choice in range(settings.n)]
             decoders = [self.text.decoder(settings.stop) for _ in range(settings.n)]
-            request = Request(next(self._numbers), ids, limit, self.text.stop_ids, samplers, decoders, self.engine.wake)
+            request = Request(
+                next(self._numbers), ids, limit, self.text.stop_ids, samplers, decoders, self.engine.wake,
+                settings.cache_salt, session, settings.context_shift, settings.keep_tokens, self.plan.max_context_tokens,
+            )  # fmt: skip
             self.engine.submit(request)
             return request
 
-        return TokenStream(submit, self._post)
+        return TokenStream(submit, self._post, session.heard if session is not None else None)
+
+    def session(self, messages: Sequence[Mapping[str, Any]] = ()) -> Session:
+        """A conversation, begun with `messages`, whose keys and values are kept from turn to turn.
+
+        async with runtime.session() as session:
+            async for token in session.stream("Who wrote it?"):
+                print(token.text, end="")
+        """
+        return Session(self, messages)
 
     async def generate(self, prompt: Prompt, generation: GenerationConfig | None = None, **fields: Any) -> Completion:
         """The whole answer to `prompt`, and how it was made."""
@@ -158,11 +175,7 @@ class Runtime:
 
     def cache_state(self) -> dict[str, Any]:
         """Where KV is kept, and how much of it there is at this moment."""
-        return {
-            "strategy_id": "resident", "persistence_format": "resident-only", "residency_mode": "fully-resident",
-            "window_policy": "full-history", "cold_tier_encoding": "full-precision", "cache_lifecycle": "runtime-scoped",
-            "reserved_tokens": self._pool.reserved,
-        }  # fmt: skip
+        return cache_state(self.config, self.cache)
 
     def __repr__(self) -> str:
         if not self._opened:
@@ -179,27 +192,25 @@ class Runtime:
         self._cleanup.callback(compute.close)
         found = await survey(self.config, folder, disk, reason)
         self.text, self.plan, self._family = found.text, found.plan, found.family
-        family, plan, kv = found.family, found.plan, found.family.kv
+        family, plan = found.family, found.plan
         weights = Weights(found.pieces, plan.pinned, plan.ring_nbytes, family.dtype, disk, self.trace)
-        self._pool = BlockPool(plan.kv_tokens, plan.max_answers, plan.max_context_tokens, kv.layers, kv.heads, kv.head_dim, kv.dtype)
+        self.cache = await open_cache(self.config, plan, folder, family, found.checkpoint, disk, self.trace)
+        self._cleanup.callback(self.cache.pool.forget)
+        self._cleanup.push_async_callback(_shielded, self.cache.aclose)
         if weights.streamed:
             self.drive_bytes_per_second = await drive_speed(disk, weights.streamed_extents, weights.ring)
         self._cleanup.callback(weights.forget)
-        self._cleanup.callback(self._pool.forget)
         await weights.pin()
         norm = await _read_norm(family, found.checkpoint, disk)
         embedding = Embedding(found.checkpoint[family.embedding], family, weights, disk, compute, self.trace)
         self._cleanup.callback(embedding.forget)
         if "pinned embedding" in plan.ledger:
             await embedding.pin()
-
-        def release(lease: Lease) -> None:
-            port.post(lease.release)
-
-        model = Model(family, weights, norm, plan.chunk_rows, self.trace, release)
-        limits = Limits(plan.max_rows, plan.max_concurrent_requests, plan.max_answers)
-        self.engine = Engine(model, embedding, compute, self._pool, partial(ResidentStore, self._pool), limits)
+        model = Model(family, weights, norm, self.cache, plan.chunk_rows, self.trace, port.post)
+        limits = Limits(plan.max_rows, plan.max_concurrent_requests, plan.max_answers, plan.max_context_tokens)
+        self.engine = Engine(model, embedding, compute, limits)
         self._group.start_soon(self.engine.run)
+        self._group.start_soon(self.cache.run)
         self._opened = True
 
     def _post(self, call: Callable[[], object]) -> None:

@@ -6,6 +6,7 @@ Errors name the field and what is accepted. Inside, nothing is checked again.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -34,6 +35,22 @@ MAX_ANSWERS = 16
 Size = Annotated[int, BeforeValidator(nbytes)]
 
 
+Strategy = Literal[
+    "resident", "chunked", "paged", "streamed-segmented", "log-structured-journal", "sliding-window-ring-buffer",
+    "quantized-cold-tier", "tiered-write-back",
+]  # fmt: skip
+
+
+def _path(value: object) -> Path:
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
+        raise ValueError(f"the path of a folder, not {value!r}")
+    return Path(os.path.abspath(os.path.expanduser(value)))
+
+
+def _cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aollm"
+
+
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -46,16 +63,28 @@ class _Settings(BaseModel):
             raise error("; ".join(_told(cls, problem["loc"], problem["type"], problem["msg"]) for problem in invalid.errors())) from None
 
 
+WINDOWED = "sliding-window-ring-buffer"
+
+
 class RuntimeConfig(_Settings):
     """How a model is run. `memory` bounds the whole process in bytes (or `"3GiB"`); None is what is free on the machine.
 
     `offload_cpu_layers` keeps just so many layers in memory, chosen by `offload_cpu_policy`; None keeps as much as fits.
+    `kv_cache_strategy` says where keys and values are kept, `kv_cache_memory` how much of the memory they may have,
+    `kv_cache_lifecycle` whether they outlive the runtime, in `cache_dir`, within `kv_cache_max_bytes` and `kv_cache_max_age_s`.
     """
 
     model_reference: str
     memory: Size | None = None
     max_context_tokens: int | None = Field(None, ge=1)
     max_concurrent_requests: int = Field(16, ge=1, le=4096)
+    kv_cache_strategy: Strategy = "resident"
+    kv_cache_lifecycle: Literal["runtime-scoped", "persistent"] = "runtime-scoped"
+    kv_cache_window_tokens: int | None = Field(None, ge=1)
+    kv_cache_memory: Size | None = None
+    kv_cache_max_bytes: Size | None = None
+    kv_cache_max_age_s: float | None = Field(None, gt=0)
+    cache_dir: Annotated[Path, BeforeValidator(_path)] = Field(default_factory=_cache_dir)
     disk_backend: Literal["auto", "threads", "uring", "gds", "portable"] = "auto"
     prefetch_depth: int = Field(2, ge=1, le=64)
     dense_projection_chunk_rows: int | None = Field(None, ge=1, le=16384)
@@ -66,11 +95,25 @@ class RuntimeConfig(_Settings):
     def of(cls, model: RuntimeConfig | str | Path, values: dict[str, Any]) -> RuntimeConfig:
         """A configuration from a model's reference, or from another configuration, changed by `values`."""
         base = dict(model) if isinstance(model, RuntimeConfig) else {"model_reference": str(model)}
-        return cls.given(ConfigError, {**base, **values})
+        config = cls.given(ConfigError, {**base, **values})
+        windowed = config.kv_cache_strategy == WINDOWED
+        if windowed != (config.kv_cache_window_tokens is not None):
+            raise ConfigError(
+                f"kv_cache_window_tokens: {config.kv_cache_strategy} keeps "
+                + ("the last tokens: say how many" if windowed else f"the full history; a window is for {WINDOWED}")
+            )
+        if config.kv_cache_strategy == "resident" and config.kv_cache_lifecycle == "persistent":
+            raise ConfigError("kv_cache_lifecycle: resident keeps nothing between runs; choose a strategy that writes, such as paged")
+        return config
 
 
 class GenerationConfig(_Settings):
-    """How one answer is generated. Greedy unless `temperature` is positive; see `Sampling` for the filters."""
+    """How one answer is generated. Greedy unless `temperature` is positive; see `Sampling` for the filters.
+
+    `context_shift`: what happens when the context is full. `stop` ends the answer; the others leave out the older half of
+    what follows the first `keep_tokens` tokens, and turn the kept keys to their new positions or `prefill` them again.
+    Prompts with different `cache_salt`s never share what is stored.
+    """
 
     max_new_tokens: int = Field(256, ge=1)
     temperature: float = 0.0
@@ -81,6 +124,9 @@ class GenerationConfig(_Settings):
     seed: int | None = None
     logprobs: int = 0
     n: int = Field(1, ge=1, le=MAX_ANSWERS)
+    context_shift: Literal["stop", "rotate", "prefill"] = "stop"
+    keep_tokens: int = Field(4, ge=0)
+    cache_salt: str = Field("", max_length=256)
     stop: tuple[Annotated[str, Field(min_length=1, max_length=1024)], ...] = Field((), max_length=16)
 
     @classmethod

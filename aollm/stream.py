@@ -18,8 +18,15 @@ class TokenStream:
     in a variable cannot see that its loop was left: end it with `async with`, or `cancel`.
     """
 
-    def __init__(self, submit: Callable[[], Awaitable[Request]], post: Callable[[Callable[[], object]], None]) -> None:
+    def __init__(
+        self,
+        submit: Callable[[], Awaitable[Request]],
+        post: Callable[[Callable[[], object]], None],
+        heard: Callable[[Token], None] | None = None,
+    ) -> None:
+        """`heard`: called with each token before it is handed out."""
         self._submit = submit
+        self._heard = heard
         self._post = post
         self._request: Request | None = None
         self._ended = False
@@ -40,6 +47,8 @@ class TokenStream:
         if token is None:
             self._ended = True
             raise StopAsyncIteration
+        if self._heard is not None:
+            self._heard(token)
         return token
 
     async def __aenter__(self) -> Self:
@@ -55,6 +64,11 @@ class TokenStream:
         self._ended = True
         if self._request is not None:
             self._request.cancel()
+
+    async def ended(self) -> None:
+        """Return when the engine has let go of the request, whatever became of it."""
+        if self._request is not None:
+            await self._request.ended()
 
     @property
     def request(self) -> Request | None:

@@ -6,19 +6,25 @@ yields to the event loop, and is resumed with it. It refuses to know how request
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .batch import Batch
-from .buffers import Lease
-from .families.base import Angles, Attend, Family, Step
-from .maths.attention import attend
+from .batch import Batch, Segment
+from .errors import StoreError
+from .families.base import Angles, Attend, Family, Recall, Step
+from .itinerary import itinerary
+from .maths.attention import BLOCK, Attention, Block
 from .maths.layers import linear
+from .stores.cache import Cache
+from .stores.cell import Cell
+from .stores.records import Loaded
+from .stores.store import Store
 from .trace import Event, Trace
 from .weights import Piece, Weights
 
@@ -36,22 +42,39 @@ class Leave:
 
     batch: Batch
     stay: Batch
+    piece: int
+    """The piece at which the rest goes on."""
 
 
-Wait = Load | Leave
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """Wait for the next run of stored blocks; answered with what was loaded and its lease, or with a `StoreError`."""
+
+    layer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Wait until `rows` rows of keys and values have room."""
+
+    rows: int
+
+
+Wait = Load | Leave | Gather | Room
 
 
 @dataclass(frozen=True)
 class Model:
-    """What every pass uses: the family, its weights, the last norm, and how many rows are computed at a time."""
+    """What every pass uses: the family, its weights, the last norm, the KV cache, and how many rows are computed at a time."""
 
     family: Family
     weights: Weights
     norm: Tensor
+    cache: Cache
     chunk_rows: int
     trace: Trace
-    release: Callable[[Lease], None]
-    """Hands a lease back; callable from the compute thread."""
+    post: Callable[[Callable[[], object]], None]
+    """Has a call run on the event loop; callable from the compute thread."""
 
 
 def sweep(model: Model, batch: Batch, x: Tensor) -> Generator[Wait, Any, tuple[Batch, Tensor]]:
@@ -60,10 +83,10 @@ def sweep(model: Model, batch: Batch, x: Tensor) -> Generator[Wait, Any, tuple[B
     angles = batch.angles(model.family)
     logits = last = torch.empty(0)
     for index, piece in enumerate(model.weights.pieces):
-        if batch.cancelled and (piece.step is not None or all(request.cancelled for request in batch.requests)):
-            stay, keep = batch.without_cancelled()
+        if batch.leaving and (piece.step is not None or batch.all_leaving):
+            stay, keep = batch.without_leaving()
             x, angles = x[keep], tuple(kind[keep] for kind in angles)
-            yield Leave(batch, stay)
+            yield Leave(batch, stay, index)
             batch = stay
         if not batch.segments:
             logits = logits[:0]
@@ -74,7 +97,7 @@ def sweep(model: Model, batch: Batch, x: Tensor) -> Generator[Wait, Any, tuple[B
         start = perf_counter()
         try:
             if piece.step is not None:
-                x = _step(model, piece.step, weights, batch, x, angles)
+                x, start = yield from _timed(model, piece, batch, _step(model, piece.step, weights, batch, x, angles))
             else:
                 if piece.first_row == 0:
                     ends = [segment.first + segment.rows - 1 for segment in batch.segments if segment.ends_input]
@@ -84,41 +107,131 @@ def sweep(model: Model, batch: Batch, x: Tensor) -> Generator[Wait, Any, tuple[B
                     logits[:, piece.first_row : piece.first_row + len(weights["head"])] = linear(last, weights["head"])
         finally:
             if lease is not None:
-                model.release(lease)
-        model.trace.add(Event("compute", start, perf_counter(), piece.layer, rows=len(batch), label=piece.label))
+                model.post(lease.release)
+        model.trace.add(_computed(piece, batch, start))
         for request in batch.requests:
             request.progress = (index + 1) / len(model.weights.pieces)
     return batch, logits
 
 
-def _step(model: Model, step: Step, weights: Mapping[str, Tensor], batch: Batch, x: Tensor, angles: Angles) -> Tensor:
+def _timed(model: Model, piece: Piece, batch: Batch, work: Generator[Wait, Any, Tensor]) -> Generator[Wait, Any, tuple[Tensor, float]]:
+    """Run a step and note when it computes, between one wait and the next; returns its rows and when the last part began."""
+    reply: Any = None
+    while True:
+        start = perf_counter()
+        try:
+            wait = work.send(reply)
+        except StopIteration as done:
+            return done.value, start
+        model.trace.add(_computed(piece, batch, start))
+        reply = yield wait
+
+
+def _computed(piece: Piece, batch: Batch, start: float) -> Event:
+    return Event("compute", start, perf_counter(), piece.layer, rows=len(batch), label=piece.label)
+
+
+def _step(
+    model: Model, step: Step, weights: Mapping[str, Tensor], batch: Batch, x: Tensor, angles: Angles
+) -> Generator[Wait, Any, Tensor]:  # fmt: skip
     """One step for all rows, `chunk_rows` at a time: what the step needs besides x does not grow with the prompt."""
     rows = x.shape[0]
-    if rows <= model.chunk_rows:
-        return _chunk(step, weights, batch, x, angles, 0)
+    if step.attends is not None and model.cache.pressed(rows):
+        yield Room(rows)
+    promoted: list[tuple[Cell, Cell]] = []
     for first in range(0, rows, model.chunk_rows):
         cut = slice(first, first + model.chunk_rows)
-        x[cut] = _chunk(step, weights, batch, x[cut], tuple(kind[cut] for kind in angles), first)
+        work = step.run(weights, x[cut], tuple(kind[cut] for kind in angles))
+        answer: Tensor | None = None
+        while True:
+            try:
+                effect = next(work) if answer is None else work.send(answer)
+            except StopIteration as done:
+                if rows <= model.chunk_rows:
+                    x = done.value
+                else:
+                    x[cut] = done.value
+                break
+            if isinstance(effect, Attend):
+                kept = promoted if first + model.chunk_rows >= rows else None
+                answer = yield from _attend(model, effect, batch, first, kept)
+            else:
+                answer = _carry(effect, batch, first)
+    if step.attends is not None and model.cache.records is not None:
+        stores = [segment.store for segment in batch.segments]
+        model.post(partial(model.cache.settle, step.attends, stores, promoted))
     return x
 
 
-def _chunk(step: Step, weights: Mapping[str, Tensor], batch: Batch, x: Tensor, angles: Angles, first: int) -> Tensor:
-    work = step.run(weights, x, angles)
-    answer: Tensor | None = None
-    while True:
+def _attend(
+    model: Model, effect: Attend, batch: Batch, first: int, promoted: list[tuple[Cell, Cell]] | None
+) -> Generator[Wait, Any, Tensor]:  # fmt: skip
+    """Append each segment's keys and values to its store and fold its blocks, as they come.
+
+    `promoted`: where to note copies of blocks that were read and may stay in memory; None while they will be read again.
+    """
+    layer, cache = effect.layer, model.cache
+    window = model.family.kv.window(layer, cache.window)
+    parts = list(batch.within(first, first + effect.queries.shape[0]))
+    folds: list[Attention] = []
+    for segment, low, high, position in parts:
+        segment.store.append(layer, effect.keys[low:high], effect.values[low:high])
+        folds.append(Attention(effect.queries[low:high], position, effect.scale, window))
+    for stop in itinerary(parts, layer, window, cache.run_nbytes):
+        if not stop.run.cold:
+            (number,) = stop.users
+            _fold(stop.run.cells[0], parts[number][0].store, folds[number], None)
+            continue
+        reply = yield Gather(layer)
+        if isinstance(reply, StoreError):
+            for number in stop.users:
+                parts[number][0].miss(stop.run.cells[0].start, reply)
+            continue
+        loaded, lease = reply
         try:
-            effect = next(work) if answer is None else work.send(answer)
-        except StopIteration as done:
-            result: Tensor = done.value
-            return result
-        answer = _attend(effect, batch, first)
+            _fold_loaded(cache, loaded, [(parts[number][0], folds[number]) for number in stop.users], promoted)
+        finally:
+            model.post(lease.release)
+    answers = [
+        fold.result() if part[0].missed is None else torch.zeros_like(effect.queries[part[1] : part[2]])
+        for part, fold in zip(parts, folds, strict=True)
+    ]
+    return answers[0] if len(answers) == 1 else torch.cat(answers)
 
 
-def _attend(effect: Attend, batch: Batch, first: int) -> Tensor:
-    """Append each segment's keys and values to its store and fold its blocks."""
-    parts = []
-    for segment, low, high, position in batch.within(first, first + effect.queries.shape[0]):
-        segment.store.append(effect.layer, effect.keys[low:high], effect.values[low:high])
-        blocks = segment.store.blocks(effect.layer)
-        parts.append(attend(effect.queries[low:high], blocks, position, effect.scale, effect.window))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _fold_loaded(
+    cache: Cache, loaded: Sequence[Loaded], users: Sequence[tuple[Segment, Attention]], promoted: list[tuple[Cell, Cell]] | None
+) -> None:  # fmt: skip
+    for block in loaded:
+        keys_values = block.decode()
+        for segment, fold in users:
+            _fold(block.cell, segment.store, fold, keys_values)
+        if promoted is not None and cache.has_room(block.cell.layer) and keys_values[0].shape[0] == BLOCK:
+            copy = Cell(block.cell.layer, block.cell.index, cache.pool.take(), BLOCK)
+            assert copy.slot is not None
+            copy.slot.keys[:BLOCK], copy.slot.values[:BLOCK] = keys_values
+            cache.pool.fill(copy.layer, BLOCK)
+            promoted.append((block.cell, copy))
+
+
+def _fold(cell: Cell, store: Store, fold: Attention, loaded: tuple[Tensor, Tensor] | None) -> None:
+    """Fold as much of a cell as the store's history has of it."""
+    rows = store.length(cell.layer) - cell.start
+    if loaded is None:
+        assert cell.slot is not None
+        loaded = cell.slot.keys, cell.slot.values
+    fold.add(Block(cell.start, loaded[0][:rows], loaded[1][:rows]))
+
+
+def _carry(effect: Recall, batch: Batch, first: int) -> Tensor:
+    """Carry each segment's state along its rows, and keep it at the ends of blocks."""
+    answers = []
+    for segment, low, high, position in batch.within(first, first + effect.rows.shape[0]):
+        states, at = segment.store.states, low
+        while at < high:
+            end = min(high, at + BLOCK - (position + at - low) % BLOCK)
+            rows, state = effect.scan(effect.rows[at:end], states.get(effect.layer))
+            states.put(effect.layer, state, position + end - low)
+            answers.append(rows)
+            at = end
+    return answers[0] if len(answers) == 1 else torch.cat(answers)

@@ -141,7 +141,7 @@ class Weights:
 
     async def __aenter__(self) -> Self:
         """Begin to read ahead."""
-        await self._begin()
+        await self.begin()
         return self
 
     async def __aexit__(self, *raised: object) -> None:
@@ -153,10 +153,10 @@ class Weights:
     async def restart(self) -> None:
         """Begin the round anew: after a pass that ended early."""
         await self.__aexit__()
-        await self._begin()
+        await self.begin()
 
     async def stop(self) -> None:
-        """Read no further until `next` is called: after a failure, so that what failed is tried again when it is asked for."""
+        """Read no further until `begin` is called: after a failure, so that what failed is tried again when it is asked for."""
         await self.__aexit__()
 
     def forget(self) -> None:
@@ -170,8 +170,6 @@ class Weights:
 
     async def next(self) -> tuple[Mapping[str, Tensor], Lease]:
         """The parameters of the next streamed piece, and the lease to release when they have been used."""
-        if self._ahead is None:
-            await self._begin()
         assert self._ahead is not None
         return await self._ahead.next()
 
@@ -183,8 +181,9 @@ class Weights:
     def __repr__(self) -> str:
         return f"<Weights {len(self._kept)} pieces pinned, {len(self.streamed)} streamed, {self._ahead}>"
 
-    async def _begin(self) -> None:
-        if self.streamed:
+    async def begin(self) -> None:
+        """Begin to read ahead, unless that has begun."""
+        if self.streamed and self._ahead is None:
             ahead = Ahead(cycle(self.streamed), lambda index: self.pieces[index].nbytes, self._stream, self.ring)
             await ahead.__aenter__()
             self._ahead = ahead

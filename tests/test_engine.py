@@ -54,7 +54,7 @@ async def until(holds: Callable[[], bool]) -> None:
 
 async def settled(runtime: Runtime) -> None:
     """Wait until nobody rides and nothing is held."""
-    await until(lambda: not (runtime.engine._riders or runtime.engine._inbox or runtime._pool.reserved))
+    await until(lambda: not (runtime.engine._riders or runtime.engine._inbox or runtime.cache.pool.reserved))
 
 
 def mixed(count: int) -> list[list[int]]:
@@ -278,7 +278,7 @@ async def test_leaving_the_context_cancels(runtime: Runtime) -> None:
 async def test_a_stream_that_is_never_read_costs_nothing(runtime: Runtime) -> None:
     stream = runtime.stream(tiny.prompt(20), max_new_tokens=400)
     await anyio.sleep(0.05)
-    assert not runtime._pool.reserved
+    assert not runtime.cache.pool.reserved
     del stream
     await settled(runtime)
 
@@ -821,7 +821,7 @@ async def test_a_closed_runtime_gives_its_memory_back(folder: Path) -> None:
     async def use() -> list[weakref.ref[Any]]:
         async with Runtime.open(folder, offload_cpu_layers=1, max_context_tokens=CONTEXT) as runtime:
             await ids_of(runtime, tiny.prompt(20), 3)
-            return [weakref.ref(thing) for thing in (runtime, runtime.engine, runtime._pool, runtime.engine._model.weights.ring)]
+            return [weakref.ref(thing) for thing in (runtime, runtime.engine, runtime.cache.pool, runtime.engine._model.weights.ring)]
 
     refs = await use()
     await anyio.sleep(0.01)

@@ -16,11 +16,11 @@ PACKAGE = Path(aollm.__file__).parent
 ROWS = [
     "errors trace port",
     "disk",
-    "buffers ahead probe checkpoint",
+    "buffers ahead probe checkpoint fingerprint",
     "maths sampling compute",
     "families stores",
-    "placement weights embedding request batch sweep engine stream generic",
-    "demo text settings selector plan survey runtime",
+    "placement weights embedding request batch itinerary sweep engine stream generic",
+    "demo text settings selector plan survey kv session runtime",
     "terminal lanes meter client inference server bench commands cli __main__",
 ]
 ORDER = [room for row in ROWS for room in row.split()]

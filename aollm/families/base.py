@@ -7,6 +7,7 @@ the answer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,19 +20,32 @@ from ..errors import ModelError
 
 @dataclass(frozen=True, slots=True)
 class Attend:
-    """Effect: append keys and values [T, K, D] to `layer`, attend with queries [T, H, D]; answered with [T, H, D]."""
+    """Effect: append keys and values [T, K, D] to KV layer `layer`, attend with queries [T, H, D]; answered with [T, H, D]."""
 
     layer: int
     queries: Tensor
     keys: Tensor
     values: Tensor
     scale: float
-    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """Effect: carry the state of state layer `layer` along rows [T, …]; answered with [T, …].
+
+    `scan(rows, state)` takes consecutive rows of one sequence and the state before them (None at the beginning), and
+    returns as many rows and the state after them, a new float32 tensor of the layer's shape.
+    """
+
+    layer: int
+    rows: Tensor
+    scan: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 Params = Mapping[str, Tensor]
 Angles = tuple[Tensor, ...]
-Work = Generator[Attend, Tensor, Tensor]
+Effect = Attend | Recall
+Work = Generator[Effect, Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,22 +61,33 @@ class Step:
     """A part of a layer that runs on weights of its own, so that no more of a layer than this is in memory at once.
 
     `params` names what `run` finds in its weights. `run(weights, x, angles)` takes and returns rows x [T, hidden].
+    `attends`: the KV layer that it yields `Attend` for, once, or None.
     """
 
     layer: int
     name: str
     params: Mapping[str, Need]
     run: Callable[[Params, Tensor, Angles], Work]
+    attends: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class KvShape:
-    """Keys and values of one token: for each layer, `heads` × `head_dim` of `dtype`, twice."""
+    """Keys and values of one token: for each layer that attends, `heads` × `head_dim` of `dtype`, twice.
+
+    `windows`: how many positions a query of each layer sees, None for all. `states`: shapes of what other layers carry from
+    token to token, float32. `shift(keys [T, K, D], by)` turns keys into what they would be `by` positions earlier; None
+    where that cannot be done. `depends_on_length`: whether keys are other ones in a prompt of another length.
+    """
 
     layers: int
     heads: int
     head_dim: int
     dtype: torch.dtype
+    windows: tuple[int | None, ...] = ()
+    states: tuple[tuple[int, ...], ...] = ()
+    shift: Callable[[Tensor, int], Tensor] | None = None
+    depends_on_length: bool = False
 
     @property
     def row_nbytes(self) -> int:
@@ -73,6 +98,16 @@ class KvShape:
     def token_nbytes(self) -> int:
         """Bytes of one token in all layers."""
         return 2 * self.layers * self.row_nbytes
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of one sequence's states."""
+        return sum(4 * math.prod(shape) for shape in self.states)
+
+    def window(self, layer: int, most: int | None = None) -> int | None:
+        """What a query of `layer` sees when the cache keeps `most` tokens: the smaller of the two."""
+        own = self.windows[layer] if self.windows else None
+        return own if most is None else most if own is None else min(own, most)
 
 
 class Family(Protocol):

@@ -82,15 +82,18 @@ class Llama:
         self.dtype = dtype
         self.embedding, self.norm = "model.embed_tokens.weight", "model.norm.weight"
         self.head = self.embedding if config.get("tie_word_embeddings", False) else "lm_head.weight"
-        self.kv = KvShape(layers, self.kv_heads, self.head_dim, dtype)
+        windows = tuple(variant.window(config, layer) for layer in range(layers))
+        by_length = self.rope.depends_on_length
+        self.kv = KvShape(
+            layers, self.kv_heads, self.head_dim, dtype, windows,
+            shift=None if by_length else self.rope.shifted, depends_on_length=by_length,
+        )  # fmt: skip
         bias = bool(config.get("attention_bias", False))
         self.steps: Sequence[Step] = tuple(
             step
             for layer in range(layers)
             for step in (
-                self._attention_step(
-                    layer, bias if variant.qkv_bias is None else variant.qkv_bias, bias, variant, variant.window(config, layer)
-                ),
+                self._attention_step(layer, bias if variant.qkv_bias is None else variant.qkv_bias, bias, variant),
                 self._mlp_step(layer, bool(config.get("mlp_bias", False))),
             )
         )
@@ -110,7 +113,7 @@ class Llama:
         attention = (3 * self.heads + 4 * self.kv_heads) * self.head_dim * item + 2 * self.heads * self.head_dim * 4
         return rows * (norm + max(attention, 4 * self.intermediate * item))
 
-    def attention(self, w: Params, x: Tensor, angles: Angles, layer: int, window: int | None) -> Work:
+    def attention(self, w: Params, x: Tensor, angles: Angles, layer: int) -> Work:
         """x + attention(norm(x))."""
         rows = x.shape[0]
         qkv = linear(rms_norm(x, w["norm"], self.eps), w["qkv"], w.get("qkv_bias"))  # [T, (H + 2 K) D]
@@ -118,7 +121,7 @@ class Llama:
         if "q_norm" in w:
             qk = torch.cat((rms_norm(qk[:, : self.heads], w["q_norm"], self.eps), rms_norm(qk[:, self.heads :], w["k_norm"], self.eps)), 1)
         q, k = rotate(qk, *angles).split_with_sizes((self.heads, self.kv_heads), dim=1)  # [T, H, D], [T, K, D]
-        o = yield Attend(layer, q, k, v, self.head_dim**-0.5, window)  # [T, H, D]
+        o = yield Attend(layer, q, k, v, self.head_dim**-0.5)  # [T, H, D]
         return x + linear(o.reshape(rows, -1), w["o"], w.get("o_bias"))
 
     def mlp(self, w: Params, x: Tensor, angles: Angles) -> Work:
@@ -127,7 +130,7 @@ class Llama:
         h = rms_norm(x, w["norm"], self.eps)
         return x + gated_mlp(h, w["gate_up"], w["down"], self.act, (w.get("gate_up_bias"), w.get("down_bias")))
 
-    def _attention_step(self, layer: int, qkv_bias: bool, o_bias: bool, variant: Variant, window: int | None) -> Step:
+    def _attention_step(self, layer: int, qkv_bias: bool, o_bias: bool, variant: Variant) -> Step:
         at = f"model.layers.{layer}"
         wide, stacked = self.heads * self.head_dim, (self.heads + 2 * self.kv_heads) * self.head_dim
         params = {
@@ -141,7 +144,7 @@ class Llama:
             params["qkv_bias"] = Need((stacked,), tuple(f"{at}.self_attn.{name}_proj.bias" for name in "qkv"))
         if o_bias:
             params["o_bias"] = Need((self.hidden,), (f"{at}.self_attn.o_proj.bias",))
-        return Step(layer, "attention", params, partial(self.attention, layer=layer, window=window))
+        return Step(layer, "attention", params, partial(self.attention, layer=layer), attends=layer)
 
     def _mlp_step(self, layer: int, bias: bool) -> Step:
         at, wide = f"model.layers.{layer}", self.intermediate

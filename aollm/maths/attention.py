@@ -32,7 +32,10 @@ class Block:
 
 
 class Fold:
-    """The running result of queries [T, H, D] at positions from `start` on, over the blocks folded so far."""
+    """The running result of queries [T, H, D] at positions from `start` on, over the blocks folded so far.
+
+    Blocks may come in any order: one that comes before its turn waits as what it adds, so that the sum does not depend on it.
+    """
 
     def __init__(self, queries: Tensor, start: int, scale: float, window: int | None = None) -> None:
         self._queries = queries
@@ -40,6 +43,8 @@ class Fold:
         self._scale, self._window = scale, window
         self._out: Tensor | None = None  # [T, H, D] in the queries' type after one fold, float32 after more
         self._weight: Tensor | None = None  # log-sum-exp [T, H, 1]
+        self._turn = first_seen(start, window) // BLOCK * BLOCK
+        self._early: dict[int, tuple[int, list[tuple[Tensor, Tensor]]]] = {}
 
     def wants(self, start: int, end: int) -> bool:
         """Whether any query sees any position of [start, end): blocks that none sees need not be read."""
@@ -47,8 +52,20 @@ class Fold:
 
     def add(self, block: Block) -> None:
         """Fold one block in."""
-        for part, causal, mask in self._parts(block):
-            out, weight = _flash(self._queries, part, causal, mask, self._scale)
+        self._early[block.start] = block.end, [_flash(self._queries, *part, self._scale) for part in self._parts(block)]
+        while self._turn in self._early:
+            self._turn, parts = self._early.pop(self._turn)
+            self._merge(parts)
+
+    def result(self) -> Tensor:
+        """[T, H, D] in the queries' dtype."""
+        for start in sorted(self._early):
+            self._merge(self._early.pop(start)[1])
+        assert self._out is not None
+        return self._out.to(self._queries.dtype)
+
+    def _merge(self, parts: list[tuple[Tensor, Tensor]]) -> None:
+        for out, weight in parts:
             if self._out is None or self._weight is None:
                 self._out, self._weight = out, weight
                 continue
@@ -56,11 +73,6 @@ class Fold:
             base = total.clamp_min(torch.finfo(total.dtype).min)  # a query that has seen nothing yet weighs nothing, not NaN
             self._out = self._out * (self._weight - base).exp() + out * (weight - base).exp()  # float32: the weights are
             self._weight = total
-
-    def result(self) -> Tensor:
-        """[T, H, D] in the queries' dtype."""
-        assert self._out is not None
-        return self._out.to(self._queries.dtype)
 
     def _parts(self, block: Block) -> Iterator[tuple[Block, bool, Tensor | None]]:
         """Cut a block so that each part is seen whole, causally, or through a mask."""
@@ -87,29 +99,43 @@ class Fold:
         return torch.zeros(seen.shape, dtype=self._queries.dtype).masked_fill_(~seen, -torch.inf)
 
 
-def attend(queries: Tensor, blocks: Sequence[Block], start: int, scale: float, window: int | None = None) -> Tensor:
-    """Causal attention of queries [T, H, D] at positions `start`… over blocks in memory; returns [T, H, D].
+class Attention:
+    """Causal attention of queries [T, H, D] at positions `start`…, folded block by block.
 
     Queries are taken in tiles that end where blocks do. `window`: a query sees only the last `window` positions, its own included.
     """
-    if queries.shape[0] == 1:
-        return _tile(queries, blocks, start, scale, window)
-    out = torch.empty_like(queries)
-    row = 0
-    while row < queries.shape[0]:
-        at = start + row
-        rows = min(BLOCK - at % BLOCK, queries.shape[0] - row)
-        out[row : row + rows] = _tile(queries[row : row + rows], blocks, at, scale, window)
-        row += rows
-    return out
+
+    def __init__(self, queries: Tensor, start: int, scale: float, window: int | None = None) -> None:
+        self._folds: list[Fold] = []
+        row = 0
+        while row < queries.shape[0]:
+            rows = min(BLOCK - (start + row) % BLOCK, queries.shape[0] - row)
+            self._folds.append(Fold(queries[row : row + rows], start + row, scale, window))
+            row += rows
+
+    def add(self, block: Block) -> None:
+        """Fold one block into the tiles that see it."""
+        for fold in self._folds:
+            if fold.wants(block.start, block.end):
+                fold.add(block)
+
+    def result(self) -> Tensor:
+        """[T, H, D] in the queries' dtype."""
+        results = [fold.result() for fold in self._folds]
+        return results[0] if len(results) == 1 else torch.cat(results)
 
 
-def _tile(queries: Tensor, blocks: Sequence[Block], start: int, scale: float, window: int | None) -> Tensor:
-    fold = Fold(queries, start, scale, window)
+def first_seen(position: int, window: int | None) -> int:
+    """The first position that a query at `position` sees."""
+    return 0 if window is None else max(0, position - window + 1)
+
+
+def attend(queries: Tensor, blocks: Sequence[Block], start: int, scale: float, window: int | None = None) -> Tensor:
+    """Causal attention of queries [T, H, D] at positions `start`… over blocks in memory; returns [T, H, D]."""
+    attention = Attention(queries, start, scale, window)
     for block in blocks:
-        if fold.wants(block.start, block.end):
-            fold.add(block)
-    return fold.result()
+        attention.add(block)
+    return attention.result()
 
 
 def _cut(block: Block, start: int, end: int) -> Block:

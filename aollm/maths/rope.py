@@ -63,6 +63,16 @@ class Rope:
         angle = positions[:, None].float() * self.frequencies(length)  # [T, D/2]
         return (angle.cos() * self.scale).to(dtype)[:, None], (angle.sin() * self.scale).to(dtype)[:, None]
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether a position's angles are other ones in a longer sequence."""
+        return not torch.equal(self.frequencies(1), self.frequencies(1 << 30))
+
+    def shifted(self, keys: Tensor, by: int) -> Tensor:
+        """Keys [T, K, D] as they would be `by` positions earlier: rotated back, in float32."""
+        angle = -by * self.frequencies(1)  # [D/2]
+        return rotate(keys.float(), angle.cos()[None, None], angle.sin()[None, None]).to(keys.dtype)
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [T, H, D] by angles [T, 1, D'/2]; dims past D' pass through."""

@@ -1,12 +1,13 @@
-"""Memory for keys and values: blocks of one size, so that nothing ever needs defragmenting.
+"""Memory for keys and values: slots of one size, so that nothing ever needs defragmenting, and how full they are.
 
-A block is address space until it is written to: a short sequence costs the pages that it fills, not the block. What may
-be filled in all is bounded by reservations, made when a sequence is admitted.
+A slot is address space until it is written to: a short sequence costs the pages that it fills, not the slot. What may be
+filled in all is bounded by reservations, made when a sequence is admitted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,30 +17,31 @@ from ..buffers import PAGE, Arena, pages
 from ..maths.attention import BLOCK
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Slot:
-    """Room for one block of one layer: keys and values [S, K, D], S at most BLOCK, and how many sequences share it."""
+    """Room for one block of one layer: keys and values [S, K, D], S at most BLOCK."""
 
     index: int
     keys: Tensor
     values: Tensor
-    owners: int = 1
 
 
 class BlockPool:
     """Slots for `heads` × `head_dim` keys and values in `layers` layers; at most `tokens` tokens of them are ever filled.
 
     `sequences` bounds how many sequences there can be at once, and `longest` the tokens of each: one may leave its last
-    block half empty.
+    block half empty. The compute thread takes and fills slots, the event loop gives them back.
     """
 
     def __init__(self, tokens: int, sequences: int, longest: int, layers: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        self.layers = layers
+        self.layers, self.heads, self.head_dim, self.dtype = layers, heads, head_dim, dtype
         self.tokens = tokens
         self.reserved = 0
+        self.lock = threading.Lock()
+        """Held while owners are counted."""
         self._shape = (min(BLOCK, longest), heads, head_dim)
         self._half = pages(self._shape[0] * heads * head_dim * dtype.itemsize)
-        slots = layers * (tokens // BLOCK + 2 * sequences)
+        slots = layers * (tokens // self._shape[0] + 2 * sequences + 1)
         self._arena = Arena(slots * 2 * self._half, huge=False)
         # All views now: made one by one in the compute thread they would lie scattered over the memory that a pass frees again,
         # and keep the allocator from using it for the next layer.
@@ -47,6 +49,7 @@ class BlockPool:
         rows, size = self._shape[0], self._shape[0] * heads * head_dim
         halves = everything[:, :, :size].view(slots, 2, rows, heads, head_dim)  # [slots, 2, S, K, D]
         self._free = [Slot(index, keys, values) for index, (keys, values) in enumerate(halves.unbind(0))]
+        self._filled, self._emptied = [0] * layers, [0] * layers  # rows; each list has one thread that writes it
 
     @staticmethod
     def nbytes(tokens: int, sequences: int, layers: int, row_nbytes: int) -> int:
@@ -66,17 +69,32 @@ class BlockPool:
 
     def take(self) -> Slot:
         """A slot of zeros."""
-        slot = self._free.pop()
-        slot.owners = 1
-        return slot
+        return self._free.pop()
 
-    def give(self, slots: Sequence[Slot]) -> None:
-        """One owner fewer of each; the pages of what has none left go back to the system, which takes time for many."""
-        for slot in slots:
-            slot.owners -= 1
-            if not slot.owners:
-                self._arena.drop(slot.index * 2 * self._half, 2 * self._half)
-                self._free.append(slot)
+    def fill(self, layer: int, rows: int) -> None:
+        """`rows` rows of slots of `layer` have been written. For the compute thread."""
+        self._filled[layer] += rows
+
+    def give(self, slots: Iterable[tuple[Slot, int, int]]) -> None:
+        """Slots with the layer and the rows that they were filled for; their pages go back to the system, which takes time for many."""
+        for slot, layer, rows in slots:
+            self._arena.drop(slot.index * 2 * self._half, 2 * self._half)
+            self._emptied[layer] += rows
+            self._free.append(slot)
+
+    def rows(self, layer: int) -> int:
+        """Rows of `layer` that are in memory."""
+        return self._filled[layer] - self._emptied[layer]
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one row of keys."""
+        return self.heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def all_rows(self) -> int:
+        """Rows of all layers that are in memory; at most `tokens` × `layers`."""
+        return sum(self._filled) - sum(self._emptied)
 
     def forget(self) -> None:
         """Give all memory back; no slot can be used afterwards."""
@@ -84,4 +102,4 @@ class BlockPool:
         self._arena = Arena(PAGE, huge=False)
 
     def __repr__(self) -> str:
-        return f"<BlockPool {self.reserved} of {self.tokens} tokens reserved>"
+        return f"<BlockPool {self.reserved} of {self.tokens} tokens reserved, {self.all_rows} rows filled>"

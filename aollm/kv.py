@@ -1,0 +1,141 @@
+"""The KV cache of a runtime, put together from its preset, its plan and what the machine offers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import anyio.to_thread
+
+from . import fingerprint
+from .checkpoint import Checkpoint, read_json
+from .disk.auto import reads_directly
+from .disk.base import Disk, Extent
+from .errors import ConfigError, StoreError
+from .families.base import Family
+from .maths.attention import BLOCK
+from .plan import RuntimePlan
+from .settings import RuntimeConfig
+from .stores.cache import Cache
+from .stores.identity import Identity
+from .stores.lifecycle import Lifecycle, Persistent, RuntimeScoped
+from .stores.pool import BlockPool
+from .stores.presets import PRESETS, Preset
+from .stores.record import VERSION, record_nbytes
+from .stores.records import Records, Shape
+from .stores.residency import spill_policy
+from .stores.scratch import Scratch
+from .stores.volume import Volume
+from .trace import Trace
+
+
+async def open_cache(
+    config: RuntimeConfig, plan: RuntimePlan, folder: Path, family: Family, checkpoint: Checkpoint, disk: Disk, trace: Trace
+) -> Cache:  # fmt: skip
+    """The cache that `config` asks for, within what `plan` gives it; `run` and `aclose` are the caller's to call.
+
+    Raises `StoreError` for a folder that cannot be used, `ConfigError` for a quota that no block fits into.
+    """
+    kv, preset = family.kv, PRESETS[config.kv_cache_strategy]
+    window = config.kv_cache_window_tokens
+    shape = Shape(kv.layers, kv.heads, kv.head_dim, kv.dtype)
+    records: Records | None = None
+    lifecycle: Lifecycle = RuntimeScoped()
+    if preset.layout is not None:
+        record = _record_nbytes(preset, shape)
+        if config.kv_cache_max_bytes is not None and config.kv_cache_max_bytes < record * kv.layers:
+            raise ConfigError(
+                f"kv_cache_max_bytes: {config.kv_cache_max_bytes} is less than the {record * kv.layers} bytes of one block "
+                f"of {BLOCK} tokens of this model"
+            )
+        records, lifecycle = await _records(config, preset, folder, shape, family, checkpoint, disk, trace)
+    share = plan.kv_tokens * kv.token_nbytes
+    pool = BlockPool(plan.kv_tokens, plan.max_answers, plan.max_context_tokens, kv.layers, kv.heads, kv.head_dim, kv.dtype)
+    direct = await anyio.to_thread.run_sync(reads_directly, folder)
+    policy = spill_policy(records.record_nbytes if records is not None else 1, share, direct)
+    return Cache(
+        pool, records, preset.residency, lifecycle, policy, window,
+        plan.kv_ring_nbytes, plan.kv_ring_nbytes // (config.prefetch_depth + 1), kv.states,
+    )  # fmt: skip
+
+
+async def _records(
+    config: RuntimeConfig, preset: Preset, folder: Path, shape: Shape, family: Family, checkpoint: Checkpoint, disk: Disk, trace: Trace
+) -> tuple[Records, Lifecycle]:  # fmt: skip
+    assert preset.layout is not None
+    root = config.cache_dir / preset.root
+    layout = preset.layout(_record_nbytes(preset, shape), config.kv_cache_window_tokens)
+    if config.kv_cache_lifecycle == "runtime-scoped":
+        scratch = await anyio.to_thread.run_sync(Scratch.open, root)
+        return Records(disk, scratch, layout, preset.codec, shape, trace), RuntimeScoped()
+    if family.kv.depends_on_length:
+        raise ConfigError(
+            "kv_cache_lifecycle: this model's keys depend on the prompt's length (its RoPE type), so prompts cannot share them; "
+            "use runtime-scoped"
+        )
+    files = sorted({entry.extent.file for entry in checkpoint.tensors.values()})
+    described = await read_json(folder / "config.json")
+
+    def identity() -> Identity:
+        parts = {
+            "weights": fingerprint.weights(files), "tokenizer": fingerprint.tokenizer(folder),
+            "configuration": fingerprint.configuration(described), "dtype": str(shape.dtype), "codec": preset.codec.representation or "raw",
+            "block": str(BLOCK), "version": str(VERSION), "window": str(config.kv_cache_window_tokens or ""),
+        }  # fmt: skip
+        return Identity(parts)
+
+    volume = await anyio.to_thread.run_sync(lambda: Volume.open(root, identity(), preset.persistence_format, BLOCK, shape.layers))
+    try:
+        for node in volume.index.nodes():
+            for place in (*node.places, *node.states):
+                name = os.path.basename(place.extent.file)
+                layout.restore(Extent(name, place.extent.offset, place.extent.nbytes))
+    except (StoreError, ValueError) as error:
+        await anyio.to_thread.run_sync(volume.close)
+        raise StoreError(f"{volume.path} cannot be continued: {error}; remove it with: aollm cache purge") from error
+    records = Records(disk, volume, layout, preset.codec, shape, trace)
+    return records, Persistent(volume, records, config.kv_cache_max_bytes, config.kv_cache_max_age_s)
+
+
+def _record_nbytes(preset: Preset, shape: Shape) -> int:
+    return record_nbytes(preset.codec.payload_nbytes(BLOCK, shape.row_nbytes, shape.dtype.itemsize))
+
+
+def cache_state(config: RuntimeConfig, cache: Cache) -> dict[str, Any]:
+    """Where keys and values are at this moment, and what has happened to them since the runtime was opened."""
+    preset, records, pool, writer = PRESETS[config.kv_cache_strategy], cache.records, cache.pool, cache.writer
+    rows = [pool.rows(layer) for layer in range(pool.layers)]
+    in_memory = {"layer_count": sum(map(bool, rows)), "tokens": max(rows, default=0), "bytes": 2 * pool.row_nbytes * sum(rows)}
+    hot = in_memory if preset.residency.mode == "tiered-write-back" else dict.fromkeys(in_memory, 0)
+    stored: dict[int, int] = {}  # tokens by layer
+    for cell in records.placed.values() if records is not None else ():
+        if cell.place is not None:
+            stored[cell.layer] = stored.get(cell.layer, 0) + cell.place.header.rows
+    return {
+        "strategy_id": preset.strategy_id,
+        "policy_id": cache.policy.policy_id if records is not None else None,
+        "persistence_format": preset.persistence_format,
+        "residency_mode": preset.residency.mode,
+        "window_policy": "sliding-window" if preset.windowed else "full-history",
+        "window_max_tokens": cache.window,
+        "eviction_policy": "drop-oldest" if preset.windowed else None,
+        "eviction_count": cache.evictions,
+        "evicted_tokens": cache.evicted_tokens,
+        "cold_tier_encoding": preset.codec.name,
+        "cold_tier_representation": preset.codec.representation or None,
+        "cold_store_format": preset.persistence_format if preset.residency.mode == "tiered-write-back" else None,
+        "cache_lifecycle": cache.lifecycle.name,
+        "persisted_layer_count": len(stored),
+        "persisted_tokens": max(stored.values(), default=0),
+        "persisted_bytes": records.layout.nbytes if records is not None else 0,
+        "persisted_artifact_count": len(records.placed) if records is not None else 0,
+        "compaction_count": writer.compactions if writer is not None else 0,
+        "spill_count": writer.spills if writer is not None else 0,
+        "spilled_tokens": writer.spilled_tokens if writer is not None else 0,
+        **{f"resident_{name}": value for name, value in in_memory.items()},
+        **{f"hot_{name}": value for name, value in hot.items()},
+        "misses_corrupt": records.corrupt if records is not None else 0,
+        "misses_unreadable": records.unreadable if records is not None else 0,
+        "reserved_tokens": pool.reserved,
+    }
