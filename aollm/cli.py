@@ -29,7 +29,8 @@ examples:
   aollm run demo "Once upon a time" --max-new-tokens 60
   aollm run ~/models/llama-70b "Dear Sir," --memory 8GiB  a model larger than memory
   aollm plan ~/models/llama-70b --memory 8GiB             what would be kept, and what read
-  aollm chat ~/models/llama-8b
+  aollm chat ~/models/llama-8b --save talk.json           a conversation that can be resumed
+  aollm cache ls                                          what is stored of earlier runs
 
 MODEL is a folder with config.json, *.safetensors and a tokenizer, or the alias demo.
 """
@@ -112,14 +113,15 @@ def parse(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, Any]]
     )
     parser.add_argument("--version", action="version", version=f"aollm {__version__}")
     commands = parser.add_subparsers(title="commands", prog="aollm", metavar="")
-    makers = {"demo": _demo, "run": _run, "chat": _chat, "plan": _plan}
+    makers = {"demo": _demo, "run": _run, "chat": _chat, "plan": _plan, "cache": _cache}
     known = {name: make(commands) for name, make in makers.items()}
     namespace, unknown = parser.parse_known_args(argv)
     options = vars(namespace)
     if unknown:
-        used = known.get(options.get("command", ""), parser)
+        used = options.pop("parser", None) or known.get(options.get("command", ""), parser)
         near = difflib.get_close_matches(unknown[0].split("=")[0], used._option_string_actions, 1)
         used.error(f"{unknown[0]} is not known" + (f"; did you mean {near[0]}?" if near else ""))
+    options.pop("parser", None)
     return parser, options
 
 
@@ -160,6 +162,8 @@ def _chat(commands: Any) -> Parser:
     parser = _command(commands, "chat", "MODEL ", "talk with a model; /help says what else can be typed")
     parser.add_argument("model", metavar="MODEL", help="a folder, or the alias demo")
     parser.add_argument("--system", metavar="TEXT", help="a first message with the role system")
+    parser.add_argument("--save", metavar="FILE", help="write the conversation there after each answer, and keep its KV cache")
+    parser.add_argument("--resume", metavar="FILE", help="go on with a conversation that was saved, and with its KV cache")
     _generation(parser)
     _runtime(parser)
     parser.add_argument("--quiet", action="store_true", help="no status and no summary on stderr")
@@ -175,6 +179,32 @@ def _plan(commands: Any) -> Parser:
     return parser
 
 
+def _cache(commands: Any) -> Parser:
+    parser = _command(commands, "cache", "ACTION ", "list, check, keep or remove what persistent KV caches have stored")
+    actions = parser.add_subparsers(title="actions", prog="aollm cache", metavar="ACTION", dest="action", required=True)
+    for name, arguments, description in (
+        ("ls", "[NAME] ", "list what is stored, with sizes"),
+        ("verify", "[NAME] ", "read every stored block and check it"),
+        ("purge", "NAME ", "remove what is stored"),
+        ("pin", "NAME ", "never drop it for room or age"),
+        ("unpin", "NAME ", "let it be dropped for room or age again"),
+    ):
+        action = actions.add_parser(
+            name, usage=f"aollm cache {name} {arguments}[options]", help=description, argument_default=argparse.SUPPRESS,
+            description=f"{description[0].upper()}{description[1:]}. NAME is how the name of a volume or of its model begins.",
+        )  # fmt: skip
+        action.set_defaults(parser=action)
+        action.add_argument("prefix", metavar="NAME", nargs="?", help=argparse.SUPPRESS)
+        if name == "verify":
+            action.add_argument("--drop", action="store_true", help="have damaged blocks not be found any more")
+        elif name != "ls":
+            action.add_argument("--all", action="store_true", help="in place of NAME: everything")
+        action.add_argument("--cache-dir", metavar="FOLDER", help="where to look (default: aollm in your cache folder)")
+        action.add_argument("--json", action="store_true", help="one JSON list in place of the table")
+        action.add_argument("--quiet", action="store_true", help="no live status")
+    return parser
+
+
 def _generation(parser: Parser) -> None:
     group = parser.add_argument_group("generation")
     group.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens of an answer at most (default 256)")
@@ -185,6 +215,9 @@ def _generation(parser: Parser) -> None:
     group.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: what was said becomes less likely")
     group.add_argument("--seed", type=int, metavar="S", help="the same seed draws the same tokens")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given more than once")
+    group.add_argument("--context-shift", metavar="HOW", help="when the context is full: stop (default), rotate or prefill")
+    group.add_argument("--keep-tokens", type=int, metavar="N", help="first tokens that a context shift keeps (default 4)")
+    group.add_argument("--cache-salt", metavar="TEXT", help="share stored prompts only with runs that give the same text")
 
 
 def _runtime(parser: Parser) -> None:
@@ -197,3 +230,14 @@ def _runtime(parser: Parser) -> None:
     group.add_argument("--dense-projection-chunk-rows", type=int, metavar="N", help="rows that are computed at a time")
     group.add_argument("--offload-cpu-layers", type=int, metavar="N", help="keep just N layers in memory (default: all that fit)")
     group.add_argument("--offload-cpu-policy", metavar="WHICH", help="auto, prefix, suffix or middle-band")
+    group = parser.add_argument_group("KV cache")
+    group.add_argument(
+        "--kv-cache-strategy", metavar="NAME", help="resident (default: all in memory); on disk: chunked, paged, streamed-segmented, "
+        "log-structured-journal, sliding-window-ring-buffer, quantized-cold-tier or tiered-write-back",
+    )  # fmt: skip
+    group.add_argument("--kv-cache-lifecycle", metavar="WHICH", help="runtime-scoped (default) or persistent")
+    group.add_argument("--kv-cache-window-tokens", type=int, metavar="N", help="tokens kept by sliding-window-ring-buffer")
+    group.add_argument("--kv-cache-memory", metavar="SIZE", help="memory for keys and values (default: a share of --memory)")
+    group.add_argument("--kv-cache-max-bytes", metavar="SIZE", help="room on disk for what is persistent; the oldest goes first")
+    group.add_argument("--kv-cache-max-age-s", type=float, metavar="S", help="seconds for which what is persistent is kept")
+    group.add_argument("--cache-dir", metavar="FOLDER", help="where it is stored (default: aollm in your cache folder)")

@@ -17,6 +17,9 @@ from .port import Port
 
 Result = TypeVar("Result")
 
+FOREIGN = (RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, AttributeError, AssertionError, MemoryError)
+"""What torch and a family's code may raise on weights or settings that they cannot cope with."""
+
 
 class Compute:
     """Runs functions one after the other in its own thread, inside `torch.inference_mode()`."""

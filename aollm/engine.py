@@ -7,33 +7,28 @@ whether they prefill or decode. It refuses to know text, settings and where weig
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import anyio
-import torch
 from torch import Tensor
 
-from .ahead import Ahead
 from .batch import Batch, Segment
-from .buffers import Lease
-from .compute import Compute
+from .compute import FOREIGN, Compute
+from .drawing import drawing, sample
 from .embedding import Embedding
 from .errors import AollmError, ModelError, RequestError, StoreError
-from .itinerary import reads
+from .gathering import Gathering
 from .maths.attention import BLOCK
 from .request import Answer, Request
 from .sampling import Draw
-from .stores.cell import Run
-from .stores.records import Loaded
+from .shift import shift
 from .stores.store import Store
 from .sweep import Gather, Leave, Load, Model, Room, Wait, sweep
 from .trace import Event
 
-FOREIGN = (RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, AttributeError, AssertionError, MemoryError)
-"""What torch and a family's code may raise on weights or settings that they cannot cope with."""
 CLOSED = "the runtime was closed before this request was answered"
 MOST_MISSES = 8
 """Times that an answer's lost history is computed again before the drive is held to be broken."""
@@ -63,7 +58,7 @@ class Engine:
         self._model, self._embedding, self._compute, self._limits = model, embedding, compute, limits
         self._cache = model.cache
         self._cache.freed = self.wake
-        self._reads: Ahead[Run, list[Loaded]] | None = None
+        self._gathering = Gathering(model)
         self._inbox: deque[Request] = deque()
         self._riders: list[Request] = []
         self._work = anyio.Event()
@@ -112,7 +107,7 @@ class Engine:
                     batch = await self._admit()
                     try:
                         batch, logits = await self._sweep(batch)
-                        draws = await self._compute.run(_sample, batch, logits)
+                        draws = await self._compute.run(sample, batch, logits)
                     except AollmError as error:
                         await self._fail(batch, error)
                     else:
@@ -149,7 +144,7 @@ class Engine:
         work = sweep(self._model, batch, x)
         reply: Any = None
         try:
-            await self._read_ahead(batch, 0)
+            await self._gathering.begin(batch, 0)
             while True:
                 step = await self._compute.run(_advance, work, reply)
                 if isinstance(step, _Done):
@@ -158,7 +153,7 @@ class Engine:
                 reply = await self._answer(step)
                 self._model.trace.add(Event("stall", start, perf_counter(), label=type(step).__name__.lower()))
         finally:
-            await self._stop_reading()
+            await self._gathering.stop()
         stayed, logits = step.value
         if not len(stayed):  # the pass ended before the round did
             await self._model.weights.restart()
@@ -185,13 +180,13 @@ class Engine:
             if isinstance(drawn, AollmError):
                 request.close(drawn)
             else:
-                for choice, draw in zip(_drawing(answer), drawn, strict=True):
+                for choice, draw in zip(drawing(answer), drawn, strict=True):
                     if choice.store is None:  # its siblings go on from the prompt that the first one prefilled
                         choice.store, choice.position = segment.store.fork(), answer.position
                     request.accept(choice, draw)
                     choice.store.accept([draw.id])
                     if choice.position >= self._limits.context and not choice.finished:
-                        await self._shift(choice)
+                        await shift(choice, self._model, self._compute)
             if not request.live:
                 await self._retire(request)
 
@@ -200,44 +195,17 @@ class Engine:
             case Load():
                 return await self._model.weights.next()
             case Gather():
-                assert self._reads is not None
-                try:
-                    return await self._reads.next()
-                except StoreError as error:
-                    return error
+                return await self._gathering.next()
             case Room(rows):
                 return await self._cache.relieve(rows)
             case Leave(batch, stay, piece):
-                await self._stop_reading()
+                await self._gathering.stop()
                 for request in {segment.answer.request for segment in batch.segments if segment.answer.request.cancelled}:
                     await self._retire(request)
                 for segment in batch.segments:
                     if segment.missed is not None and not segment.answer.request.closed:
                         await self._go_back(segment)
-                await self._read_ahead(stay, piece)
-
-    async def _read_ahead(self, batch: Batch, piece: int) -> None:
-        """Begin to read the blocks that the pass will fold from `piece` on, if there are any."""
-        cache = self._cache
-        if cache.records is None:
-            return
-
-        def plan() -> Iterator[Run]:
-            return reads(batch, self._model.family, piece, self._model.chunk_rows, cache.window, cache.run_nbytes)
-
-        async def load(run: Run, lease: Lease) -> list[Loaded]:
-            assert cache.records is not None
-            return await cache.records.read(run, cache.ring.arena.bytes[lease.offset : lease.offset + run.nbytes])
-
-        if next(plan(), None) is not None:
-            ahead = Ahead(plan(), lambda run: run.nbytes, load, cache.ring)
-            await ahead.__aenter__()
-            self._reads = ahead
-
-    async def _stop_reading(self) -> None:
-        if self._reads is not None:
-            ahead, self._reads = self._reads, None
-            await ahead.__aexit__(None, None, None)
+                await self._gathering.begin(stay, piece)
 
     async def _go_back(self, segment: Segment) -> None:
         """A part of an answer's history was lost: what was stored is a miss, and the rest is computed again."""
@@ -251,44 +219,6 @@ class Engine:
         answer.request.prefix_miss_reason = str(segment.reason)
         await self._cache.missed(store, segment.missed, segment.reason)
         answer.resume(store.truncate(segment.missed))
-
-    async def _shift(self, answer: Answer) -> None:
-        """The context is full: leave out the older half of what follows the prefix that is kept.
-
-        Where the family can turn its keys back, they are; else, or if a block cannot be read, the rest is prefilled again.
-        """
-        store, kv = answer.store, self._model.family.kv
-        assert store is not None
-        keep, dropped, end = answer.drop_half()
-        turn = kv.shift
-        if turn is not None and answer.request.shift == "rotate" and not store.states and self._cache.window is None:
-            try:
-                for layer in range(kv.layers):
-                    rows = await self._rows(store, layer, keep + dropped, end)
-                    self._cache.memory.disown(store.cut(layer, keep))
-                    await self._compute.run(store.append, layer, turn(rows[0], dropped), rows[1])
-                    self._cache.settle(layer, [store])
-            except StoreError:
-                answer.resume(store.truncate(keep))
-            else:
-                store.replaced(answer.visible)
-            return
-        answer.resume(store.truncate(keep))
-
-    async def _rows(self, store: Store, layer: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Copies of a layer's keys and values at positions [first, last), wherever they are."""
-        parts = []
-        for cell in store.cells(layer, first):
-            low, high = max(first - cell.start, 0), min(last - cell.start, BLOCK)
-            if cell.slot is not None:
-                keys, values = cell.slot.keys, cell.slot.values
-            else:
-                assert self._cache.records is not None
-                loaded = await self._cache.records.read_apart(cell)
-                keys, values = await self._compute.run(loaded.decode)
-            if low < high:
-                parts.append((keys[low:high].clone(), values[low:high].clone()))
-        return torch.cat([keys for keys, _ in parts]), torch.cat([values for _, values in parts])
 
     async def _joins(self, request: Request) -> bool:
         """Let the first in line ride, if there is room; it takes what is stored of its prompt along."""
@@ -305,7 +235,11 @@ class Engine:
         whole = len(request.prompt) - 1  # the last token's logits are wanted
         if store.ids:
             answer.position = store.truncate(shared(store.ids, request.prompt[:whole]))
-            await self._cache.ready(store)
+            try:
+                await self._cache.ready(store)
+            except StoreError as error:
+                request.prefix_miss_reason = str(error)
+                answer.position = store.truncate(answer.position // BLOCK * BLOCK)
         else:
             answer.position, request.prefix_miss_reason = await self._cache.adopt(store, request.prompt[:whole])
         request.prefix_hit_tokens = answer.position
@@ -331,10 +265,10 @@ class Engine:
         return kept
 
     def _pack(self, ready: list[Answer]) -> Batch:
-        decoding = [answer for answer in ready if answer.produced]
+        decoding = [answer for answer in ready if len(answer.pending) == 1]
         room = min(self._limits.rows - len(decoding), RIDING_ROWS if decoding else self._limits.rows)
         parts = [(answer, 1) for answer in decoding]
-        for answer in (answer for answer in ready if not answer.produced):
+        for answer in (answer for answer in ready if len(answer.pending) > 1):
             rows = min(len(answer.pending), room)
             if rows < len(answer.pending):  # cut where chunks are cut, so that results do not depend on it
                 rows = rows // self._model.chunk_rows * self._model.chunk_rows or rows
@@ -379,26 +313,6 @@ def _advance(work: Generator[Wait, Any, tuple[Batch, Tensor]], reply: Any) -> Wa
         return _Done(done.value)
     except FOREIGN as error:
         raise ModelError(f"a layer could not be computed: {error}") from error
-
-
-def _drawing(answer: Answer) -> list[Answer]:
-    """Who samples from an answer's logits: itself, and after the prompt all its siblings."""
-    return [answer] if answer.produced else answer.request.answers
-
-
-def _sample(batch: Batch, logits: Tensor) -> list[list[Draw] | AollmError]:
-    """For each segment whose input ended a draw for each of its answers, or why there is none. Runs in the compute thread."""
-    ends = [segment for segment in batch.segments if segment.ends_input]
-    return [[] if segment.missed is not None else _draw(segment, row) for segment, row in zip(ends, logits, strict=True)]
-
-
-def _draw(segment: Segment, row: Tensor) -> list[Draw] | AollmError:
-    try:
-        return [choice.sampler.draw(row, choice.history) for choice in _drawing(segment.answer)]
-    except AollmError as error:  # such as logits that are not numbers: the others are not affected
-        return error
-    except FOREIGN as error:
-        return ModelError(f"no token could be drawn: {error}")
 
 
 def shared(first: Sequence[int], second: Sequence[int]) -> int:

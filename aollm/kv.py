@@ -19,7 +19,8 @@ from .plan import RuntimePlan
 from .settings import RuntimeConfig
 from .stores.cache import Cache
 from .stores.identity import Identity
-from .stores.lifecycle import Lifecycle, Persistent, RuntimeScoped
+from .stores.lifecycle import Lifecycle, RuntimeScoped
+from .stores.persistent import Persistent
 from .stores.pool import BlockPool
 from .stores.presets import PRESETS, Preset
 from .stores.record import VERSION, record_nbytes

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from .buffers import size
+from .request import Request
 from .runtime import Runtime
 from .terminal import Row, spinner
 from .trace import READS
@@ -99,6 +100,13 @@ def opening(runtime: Runtime) -> list[Row]:
 def memory(runtime: Runtime) -> str:
     """Memory that the process has, of what it may have."""
     return f"memory {size(psutil.Process().memory_info().rss)} of {size(runtime.plan.memory)}"
+
+
+def reused(request: Request) -> str:
+    """How much of a prompt was found in the KV cache, and why there was not more."""
+    found, whole = request.prefix_hit_tokens, len(request.prompt)
+    reason = f" ({request.prefix_miss_reason})" if request.prefix_miss_reason else ""
+    return f"{found:,} of {count(whole, 'prompt token')} came from the KV cache{reason}"
 
 
 def amount(nbytes: float) -> str:

@@ -7,24 +7,37 @@ where that is: if the cache had to give it up, the turn is merely slower.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Protocol, Self
 
 import anyio
 
 from .errors import RequestError
 from .request import Token
 from .settings import GenerationConfig
+from .stores.cache import Cache
 from .stores.store import Store
 from .stream import TokenStream
 
-if TYPE_CHECKING:
-    from .runtime import Runtime
+
+class Host(Protocol):
+    """What answers a session's turns: a runtime."""
+
+    cache: Cache
+
+    def stream(
+        self,
+        prompt: Sequence[Mapping[str, Any]],
+        generation: GenerationConfig | None = None,
+        *,
+        session: Session | None = None,
+        **fields: Any,
+    ) -> TokenStream: ...
 
 
 class Session:
     """One conversation on `runtime`; turns one after the other, branches side by side."""
 
-    def __init__(self, runtime: Runtime, messages: Sequence[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, runtime: Host, messages: Sequence[Mapping[str, Any]] = ()) -> None:
         self.store: Store | None = None
         """What is kept between turns; during a turn its request has it."""
         self._runtime = runtime
@@ -52,7 +65,7 @@ class Session:
         if self._turn is not None:
             self._turn.cancel()
         said = self.messages
-        if self._turn is not None and not self._said:
+        if self._turn is not None and not "".join(self._said):
             said.pop()
         self._messages = [*said, {"role": "user", "content": message} if isinstance(message, str) else dict(message)]
         self._said = []

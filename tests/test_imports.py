@@ -19,7 +19,7 @@ ROWS = [
     "buffers ahead probe checkpoint fingerprint",
     "maths sampling compute",
     "families stores",
-    "placement weights embedding request batch itinerary sweep engine stream generic",
+    "placement weights embedding request batch itinerary drawing sweep gathering shift engine stream generic",
     "demo text settings selector plan survey kv session runtime",
     "terminal lanes meter client inference server bench commands cli __main__",
 ]

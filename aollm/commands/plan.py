@@ -15,6 +15,7 @@ from ..plan import RuntimePlan
 from ..port import Port
 from ..probe import drive_speed
 from ..settings import RuntimeConfig
+from ..stores.presets import PRESETS
 from ..survey import locate, survey
 from ..terminal import Terminal, spinner
 from . import runtime_config
@@ -29,7 +30,7 @@ def main(terminal: Terminal, options: Mapping[str, Any]) -> int:
     if options.get("json"):
         terminal.text(json.dumps({**plan.as_dict(), "drive_bytes_per_second": drive}) + "\n")
         return 0
-    _print(terminal, plan, drive)
+    _print(terminal, config, plan, drive)
     return 0
 
 
@@ -46,7 +47,7 @@ async def _plan(config: RuntimeConfig) -> tuple[RuntimePlan, float | None]:
             await disk.aclose()
 
 
-def _print(terminal: Terminal, plan: RuntimePlan, drive: float | None) -> None:
+def _print(terminal: Terminal, config: RuntimeConfig, plan: RuntimePlan, drive: float | None) -> None:
     streamed = plan.streamed_nbytes_per_pass
     terminal.line()
     terminal.line([(f"  {plan.model}", "bold"), (f"  {plan.family}, {plan.dtype}, {amount(plan.weights_nbytes)} of weights", "")])
@@ -61,7 +62,9 @@ def _print(terminal: Terminal, plan: RuntimePlan, drive: float | None) -> None:
         terminal.line([(f"  {name:<28}", ""), (f"{size(nbytes):>12}", "cyan")])
     terminal.line([(f"  {'memory, of at most':<28}", ""), (f"{size(sum(plan.ledger.values())):>12} of {size(plan.memory)}", "cyan")])
     terminal.line()
-    terminal.line([("  context   ", ""), (f"{plan.max_context_tokens} tokens a request, {plan.kv_tokens} in all", "cyan")])
+    terminal.line([("  context   ", ""), (f"{plan.max_context_tokens:,} tokens a request", "cyan")])
+    for name, value in zip(("kv cache", ""), _kv(config, plan), strict=True):
+        terminal.line([(f"  {name:<10}", ""), (value, "cyan")])
     terminal.line([("  disk      ", ""), (plan.disk_reason, "cyan")])
     if drive is not None:
         terminal.line([("  drive     ", ""), (f"{rate(drive)}, measured now", "cyan")])
@@ -71,3 +74,16 @@ def _print(terminal: Terminal, plan: RuntimePlan, drive: float | None) -> None:
     else:
         terminal.line([("  drive     ", ""), ("nothing is read after opening", "cyan")])
     terminal.line()
+
+
+def _kv(config: RuntimeConfig, plan: RuntimePlan) -> tuple[str, str]:
+    """What keeps keys and values, and how many of them where."""
+    preset, a_token = PRESETS[plan.kv_cache_strategy], amount(plan.kv_nbytes_per_token)
+    first = f"{plan.kv_cache_strategy}, {config.kv_cache_lifecycle}: {a_token} a token, {plan.kv_tokens:,} tokens in memory"
+    if preset.layout is None:
+        return f"{first} for all requests together", "nothing of it is written to disk"
+    window = config.kv_cache_window_tokens
+    kept = f"blocks of the last {window:,} tokens of a request go to" if window else "whole blocks go to"
+    coded = "" if not preset.codec.representation else f" as {preset.codec.representation}"
+    quota = f", {size(config.kv_cache_max_bytes)} at most" if config.kv_cache_max_bytes else ""
+    return first, f"{kept} {config.cache_dir / preset.root}{coded}{quota}"

@@ -10,8 +10,8 @@ from typing import Any
 import anyio
 
 from ..errors import ConfigError
-from ..meter import Meter, opening
-from ..request import Token
+from ..meter import Meter, opening, reused
+from ..request import Request, Token
 from ..runtime import Prompt, Runtime
 from ..settings import GenerationConfig, RuntimeConfig
 from ..terminal import Terminal
@@ -37,6 +37,7 @@ class Answer:
     def __init__(self, terminal: Terminal, as_json: bool, count: int) -> None:
         self.terminal, self.as_json = terminal, as_json
         self.tokens: list[list[Token]] = [[] for _ in range(count)]
+        self.cache: dict[str, Any] = {}
 
     def add(self, token: Token) -> None:
         """One more token."""
@@ -44,9 +45,11 @@ class Answer:
         if token.choice == 0 and not self.as_json:
             self.terminal.text(token.text)
 
-    def end(self, meter: Meter) -> None:
-        """Write what is left to write, and the summary."""
+    def end(self, meter: Meter, request: Request | None) -> None:
+        """Write what is left to write, and the summary. `request`: None if it did not come to be."""
         self.terminal.status(None)
+        if request is not None:
+            self.cache = {"prefix_hit_tokens": request.prefix_hit_tokens, "prefix_miss_reason": request.prefix_miss_reason}
         if self.as_json:
             self.terminal.text(json.dumps(self._as_dict(meter)) + "\n")
             return
@@ -55,6 +58,8 @@ class Answer:
         for number, tokens in enumerate(self.tokens[1:], 2):
             self.terminal.text(f"\n--- {number} of {len(self.tokens)} ---\n{''.join(token.text for token in tokens)}\n")
         self.terminal.say(meter.summary())
+        if request is not None and meter.runtime.cache.lifecycle.persistent:
+            self.terminal.say([(reused(request), "dim")])
 
     def _as_dict(self, meter: Meter) -> dict[str, Any]:
         choices = [
@@ -65,7 +70,8 @@ class Answer:
             }
             for tokens in self.tokens
         ]
-        return {**choices[0], "choices": choices, **meter.figures(), "plan": meter.runtime.plan.as_dict()}
+        state = {**meter.runtime.cache_state(), **self.cache}
+        return {**choices[0], "choices": choices, **meter.figures(), "cache_state": state, "plan": meter.runtime.plan.as_dict()}
 
 
 async def _answer(config: RuntimeConfig, prompt: Prompt, generation: GenerationConfig, answer: Answer, trace: str | None) -> None:
@@ -80,10 +86,10 @@ async def _answer(config: RuntimeConfig, prompt: Prompt, generation: GenerationC
                 meter.add()
                 answer.add(token)
         except anyio.get_cancelled_exc_class():
-            answer.end(meter)
+            answer.end(meter, stream.request)
             raise
         else:
-            answer.end(meter)
+            answer.end(meter, stream.request)
         finally:
             if trace:
                 runtime.trace.save(trace)

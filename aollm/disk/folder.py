@@ -62,13 +62,22 @@ class Folder:
     def child(self, name: str) -> Folder:
         """A folder in this one, made where it is missing."""
         with self._using(name) as path:
-            try:
-                self._calls.mkdir(name, self._fd)
-            except FileExistsError:
-                pass
-            else:
-                self._durability.flush(str(self.path), self._fd)
-            return Folder(Path(path), _open_own(name, self._fd, path, self._calls), self._calls)
+            while True:
+                try:
+                    self._calls.mkdir(name, self._fd)
+                except FileExistsError:
+                    pass
+                else:
+                    try:
+                        self._durability.flush(str(self.path), self._fd)
+                    except BaseException:
+                        with suppress(OSError):
+                            self._calls.rmdir(name, self._fd)  # found there later, its name would be taken for durable
+                        raise
+                try:
+                    return Folder(Path(path), _open_own(name, self._fd, path, self._calls), self._calls)
+                except FileNotFoundError:
+                    continue  # somebody has removed it meanwhile
 
     def names(self) -> list[str]:
         """What is in the folder, in order."""
@@ -238,16 +247,23 @@ class Folder:
             self._calls.close(fd)
 
 
-def _make(path: str, calls: Calls) -> None:
+def _make(path: str, calls: Calls, has_parent: bool = False) -> None:
     try:
         calls.mkdir(path)
     except FileExistsError:
         return
     except FileNotFoundError:
+        if has_parent:  # some filesystems, such as /proc, say so of all that cannot be made
+            raise
         _make(os.path.dirname(path), calls)
-        _make(path, calls)
+        _make(path, calls, has_parent=True)
         return
-    sync_folder(os.path.dirname(path), calls)
+    try:
+        sync_folder(os.path.dirname(path), calls)
+    except OSError:
+        with suppress(OSError):
+            calls.rmdir(path)  # found there later, its name would be taken for durable
+        raise
 
 
 def _open_own(name: str, folder: int | None, path: str, calls: Calls) -> int:

@@ -79,7 +79,12 @@ class Cache:
         try:
             if self.state_shapes and tokens:
                 tokens, states = await self.lifecycle.states(found, self.state_shapes)
-                store.states.restore(tokens, [*states])
+                if tokens < found.tokens:
+                    reason = reason or f"states are stored at the ends of blocks alone, the last of them at {tokens} tokens"
+                    found = await self.lifecycle.find(store.root, ids[:tokens], self.window)
+                    tokens = min(tokens, found.tokens)
+                if tokens:
+                    store.states.restore(tokens, [*states])
             if not tokens:
                 return 0, reason
             for layer, cells in enumerate(found.cells):

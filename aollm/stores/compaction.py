@@ -29,7 +29,7 @@ async def compact(records: Records, lifecycle: Lifecycle) -> bool:
             await records.sync()
         await lifecycle.moved(moved)
     except BaseException:
-        records.free(moved.values())
+        records.free(new for new in moved.values() if new not in lifecycle.stored_in(new.extent.file))  # some are pointed to already
         raise
     for old, new in moved.items():
         cell = records.placed.pop((file, old.extent.offset), None)

@@ -183,6 +183,8 @@ class Volume:
             try:
                 if MANIFEST not in self.folder.names():
                     self.folder.erase()
+                elif self._dirty and not self._nbytes:
+                    self._swap()  # its flush failed: the drive may lack bytes that the next process would read and build on
             finally:
                 self._owned.release()
                 self.folder.close()

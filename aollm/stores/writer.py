@@ -36,7 +36,7 @@ class Writer:
         self.spills = self.spilled_tokens = self.compactions = 0
         self._memory, self._records, self._residency = memory, records, residency
         self._lifecycle, self._policy = lifecycle, policy
-        self._queue: deque[tuple[Store, Cell]] = deque()
+        self._queue: deque[tuple[Store, Cell, bytes]] = deque()
         self._ending: deque[tuple[Store, Callable[[Store], None]]] = deque()
         self._passed_by: list[Cell] = []
         self._work, self._progress = anyio.Event(), anyio.Event()
@@ -45,13 +45,16 @@ class Writer:
 
     def settle(self, store: Store, layer: int, everything: bool = False) -> None:
         """Queue those of a layer's whole accepted blocks that are due."""
-        dirty = [cell for cell in store.dirty[layer] if cell.start + BLOCK <= len(store.ids)]
+        accepted = len(store.ids)
+        if self._lifecycle.persistent:  # what is found again has to have its states
+            accepted = min([accepted, *store.states.tokens])
+        dirty = [cell for cell in store.dirty[layer] if cell.start + BLOCK <= accepted]
         due = len(dirty) if everything else self._residency.due(len(dirty), self._memory.over(layer), self._policy.together)
         for cell in dirty[:due]:
             store.dirty[layer].remove(cell)
             if cell.place is None and not cell.writing:
                 cell.writing = True
-                self._queue.append((store, cell))
+                self._queue.append((store, cell, self._name(store, cell.index)))  # of the tokens that it has now
         if due:
             self._work.set()
 
@@ -115,17 +118,15 @@ class Writer:
             return
         self._busy = True
         try:
-            await self._records.write([Item(cell, BLOCK, store.number, self._name(store, cell.index)) for store, cell in batch])
-            self.failure = None
-            await self._lifecycle.written(batch)
+            with anyio.CancelScope(shield=True):  # a write would be waited for anyway, and written without being told of it is lost
+                await self._records.write([Item(cell, BLOCK, store.number, name) for store, cell, name in batch])
+                self.failure = None
+                await self._lifecycle.written([(store, cell) for store, cell, _ in batch])
         except AollmError as error:
             self.failure = error
-        except BaseException:
-            self._queue.extendleft(reversed(batch))
-            raise
         finally:
             self._busy = False
-        for store, cell in batch:
+        for store, cell, _ in batch:
             cell.writing = False
             if not cell.owners:
                 self._memory.forget([cell])
@@ -135,16 +136,16 @@ class Writer:
                 self.spilled_tokens += BLOCK if cell.layer == 0 else 0
             elif not store.closed:
                 store.dirty[cell.layer] = sorted([*store.dirty[cell.layer], cell], key=lambda cell: cell.index)
-        for layer in {cell.layer for _, cell in batch}:
+        for layer in {cell.layer for _, cell, _ in batch}:
             self._memory.evict(layer)
         self._progressed()
 
-    def _batch(self) -> list[tuple[Store, Cell]]:
-        batch: list[tuple[Store, Cell]] = []
+    def _batch(self) -> list[tuple[Store, Cell, bytes]]:
+        batch: list[tuple[Store, Cell, bytes]] = []
         while self._queue and (not batch or len(batch) * self._records.record_nbytes < self._policy.batch_nbytes):
-            store, cell = self._queue.popleft()
+            store, cell, name = self._queue.popleft()
             if cell.owners:
-                batch.append((store, cell))
+                batch.append((store, cell, name))
             else:
                 cell.writing = False
                 self._memory.forget([cell])
@@ -155,15 +156,16 @@ class Writer:
         if not self._ending:
             return
         store, then = self._ending[0]
-        if any(queued is store for queued, _ in self._queue):
+        if any(queued is store for queued, *_ in self._queue):
             return
         if self.failure is None and any(store.dirty):
             for layer in range(self._memory.pool.layers):
                 self.settle(store, layer, everything=True)
             if self._queue:
                 return
+        with anyio.CancelScope(shield=True):  # one block at most; what is half written would be neither kept nor given back
+            await self._tried(partial(self._lifecycle.ended, store, self._policy.tail_tokens))
         self._ending.popleft()
-        await self._tried(partial(self._lifecycle.ended, store, self._policy.tail_tokens))
         then(store)
         self._progressed()
 
