@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .errors import AollmError, CheckpointError, ConfigError, DiskError, MemoryBudgetError, ModelError, RequestError, StoreError
     from .request import Token
     from .runtime import Runtime
+    from .session import Session
     from .settings import GenerationConfig, RuntimeConfig
     from .stream import Completion, TokenStream
 
@@ -37,13 +38,14 @@ _HOMES = {
     "disk.memory": ("MemoryDisk",),
     "request": ("Token",),
     "runtime": ("Runtime",),
+    "session": ("Session",),
     "settings": ("GenerationConfig", "RuntimeConfig"),
     "stream": ("Completion", "TokenStream"),
 }
 
 __all__ = [
     "AollmError", "CheckpointError", "Completion", "ConfigError", "DiskError", "GenerationConfig", "MemoryBudgetError", "MemoryDisk",
-    "ModelError", "RequestError", "Runtime", "RuntimeConfig", "StoreError", "Token", "TokenStream",
+    "ModelError", "RequestError", "Runtime", "RuntimeConfig", "Session", "StoreError", "Token", "TokenStream",
 ]  # fmt: skip
 
 

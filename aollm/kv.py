@@ -94,7 +94,8 @@ async def _records(
                 layout.restore(Extent(name, place.extent.offset, place.extent.nbytes))
     except (StoreError, ValueError) as error:
         await anyio.to_thread.run_sync(volume.close)
-        raise StoreError(f"{volume.path} cannot be continued: {error}; remove it with: aollm cache purge") from error
+        name = os.path.basename(volume.path)
+        raise StoreError(f"{volume.path} cannot be continued: {error}; remove it with: aollm cache purge {name}") from error
     records = Records(disk, volume, layout, preset.codec, shape, trace)
     return records, Persistent(volume, records, config.kv_cache_max_bytes, config.kv_cache_max_age_s)
 

@@ -21,6 +21,9 @@ from .stores.cell import Cell
 from .stores.store import Store
 from .sweep import Model
 
+PART = 256
+"""Rows that are turned at a time."""
+
 
 async def shift(answer: Answer, model: Model, compute: Compute) -> None:
     """Make room in the context of `answer`. Between passes."""
@@ -52,14 +55,16 @@ async def _turn(store: Store, layer: int, keep: int, dropped: int, end: int, mod
     cells = deque(store.cells(layer, first))
     cache.memory.own(cells)
     try:
+        await cache.relieve(2 * BLOCK)  # once they are cut off they are not written any more
         cache.memory.disown(store.cut(layer, keep))
         await cache.ready(store)
         while cells:
             low, high = max(first - cells[0].start, 0), min(end - cells[0].start, BLOCK)
-            if low < high:
-                await cache.relieve(high - low)
-                keys, values = await _rows(cells[0], low, high, cache, compute)
-                await compute.run(partial(_append, store, layer, turn, keys, values, dropped))
+            keys, values = await _rows(cells[0], low, max(low, high), cache, compute)
+            for at in range(0, max(0, high - low), PART):
+                part = slice(at, at + PART)
+                await cache.relieve(PART)
+                await compute.run(partial(_append, store, layer, turn, keys[part], values[part], dropped))
                 cache.settle(layer, [store])
                 cache.memory.pass_by(model.family.kv.layers - 1)
             cache.memory.disown([cells.popleft()])

@@ -1,17 +1,19 @@
 """The command line as a person or a script meets it: real processes, their output, their exit codes."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import anyio
 import pytest
@@ -71,6 +73,21 @@ def test_help_takes_less_than_300_ms() -> None:
         (["run", "demo", "x " * 99, "--max-context-tokens", "16"], 1, "the context 16"),
         (["plan", "demo", "--memory", "1MiB"], 1, "memory=1.0 MiB is too small"),
         (["chat", "nowhere"], 1, "nowhere does not exist"),
+        (["run", "demo", "x", "--kv-cache-strategy", "pagd"], 2, "kv_cache_strategy: should be 'resident', 'chunked'"),
+        (["run", "demo", "x", "--kv-cache-lifecycle", "persistent"], 2, "choose a strategy that writes, such as paged"),
+        (["run", "demo", "x", "--context-shift", "turn"], 2, "context_shift: should be 'stop', 'rotate' or 'prefill'"),
+        (["plan", "demo", "--kv-cache-strategy", "paged", "--kv-cache-memory", "9kB"], 1, "kv_cache_memory=8.8 KiB is too small"),
+        (["chat", "demo", "--resume", "/no/talk.json"], 2, "--resume: /no/talk.json cannot be read: No such file or directory"),
+        (["chat", "demo", "--save", "/no/talk.json"], 2, "--save /no/talk.json cannot be written: there is no such folder"),
+        (["run", "demo", "x", "--kv-cache-strategy", "paged", "--cache-dir", "/proc/no"], 1, "/proc/no/kv_cache_paged: No such file"),
+        (["run", "demo", "x", "--kv-cache-strategy", "paged", "--cache-dir", __file__], 1, "Not a directory"),
+        (["cache"], 2, "required: ACTION"),
+        (["cache", "list"], 2, "invalid choice: 'list' (choose from 'ls'"),
+        (["cache", "verify", "--dorp"], 2, "did you mean --drop? (see aollm cache verify --help)"),
+        (["cache", "purge"], 2, "say which: aollm cache purge NAME"),
+        (["cache", "pin", "a", "--all"], 2, "either a or --all, not both"),
+        (["cache", "ls", "--cache-dir", "/no/such"], 2, "--cache-dir: /no/such is missing"),
+        (["cache", "ls", "--cache-dir", __file__], 2, f"--cache-dir: {__file__} is not a folder"),
     ],
 )  # fmt: skip
 def test_exit_codes(arguments: list[str], code: int, message: str) -> None:
@@ -202,6 +219,150 @@ def test_chat_over_a_pipe(tmp_path: Path) -> None:
         f"saved 3 messages in {kept}",
     ]
     assert sorted(tmp_path.iterdir()) == [broken, kept]  # nothing half-written is left
+
+
+def test_plan_tells_of_the_kv_cache(tmp_path: Path) -> None:
+    disk = ["--kv-cache-strategy", "quantized-cold-tier", "--kv-cache-memory", "8MiB", "--cache-dir", str(tmp_path)]
+    told = aollm("plan", "demo", *disk, "--kv-cache-lifecycle", "persistent", "--kv-cache-max-bytes", "2GiB").stdout
+    assert "kv cache  quantized-cold-tier, persistent: 1.54 kB a token, 5,461 tokens in memory\n" in told
+    assert f"whole blocks go to {tmp_path}/kv_cache_quantized_cold_tier as int8-symmetric-per-tensor, 2.00 GiB at most\n" in told
+    assert list(tmp_path.iterdir()) == []
+    told = aollm("plan", "demo", "--max-context-tokens", "256").stdout
+    assert re.search(r"kv cache  resident, runtime-scoped: 1.54 kB a token, [\d,]+ tokens in memory for all requests together\n", told)
+
+
+LONG = " ".join([PROMPT, "there was a kind duck named Wilma. She lived in a green garden and was never afraid of the fox. " * 60])
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder with a prompt of more than a block, left by two runs of which the second had it all."""
+    folder = tmp_path_factory.mktemp("cache")
+    kept = ["--kv-cache-strategy", "paged", "--kv-cache-lifecycle", "persistent", "--cache-dir", str(folder), "--max-new-tokens", "4"]
+    first = json.loads(aollm("run", "demo", LONG, *kept, "--json").stdout)
+    second = json.loads(aollm("run", "demo", LONG, *kept, "--json").stdout)
+    assert first["cache_state"]["prefix_hit_tokens"] == 0
+    assert second["cache_state"]["prefix_hit_tokens"] > 1024
+    assert second["token_ids"] == first["token_ids"]
+    other = aollm("run", "demo", LONG, *kept, "--cache-salt", "another")
+    assert "0 of " in other.stderr and "came from the KV cache (nothing is stored" in other.stderr
+    return folder
+
+
+def cache(folder: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
+    """The exit code of `aollm cache`, and what it found."""
+    found = aollm("cache", *arguments, "--cache-dir", str(folder), "--json")
+    assert found.stderr == ""
+    return found.returncode, json.loads(found.stdout)
+
+
+def test_a_cache_is_listed_pinned_and_purged(stored: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(stored, folder)
+    code, (entry,) = cache(folder, "ls")
+    assert (code, entry["strategy"], entry["in_use"], entry["pinned"], entry["error"]) == (0, "paged", False, 0, None)
+    assert entry["tokens"] > 2048 and entry["disk_bytes"] >= entry["bytes"] > 2048 * 1536
+    name = Path(entry["path"]).name
+    told = aollm("cache", "ls", "--cache-dir", str(folder)).stdout
+    assert re.search(rf"^{name[:12]}  {entry['identity'][:12]}  paged +{entry['blocks']} +{entry['tokens']:,} ", told, re.MULTILINE)
+    assert cache(folder, "pin", name[:6])[1][0]["became"] == "pinned"
+    assert cache(folder, "ls", entry["identity"][:4])[1][0]["pinned"] == entry["blocks"]
+    assert cache(folder, "unpin", "--all")[1][0]["became"] == "unpinned"
+    missing = aollm("cache", "purge", "zz", "--cache-dir", str(folder))
+    assert (missing.returncode, missing.stdout) == (1, "") and "has a name that begins with 'zz'" in missing.stderr
+    with open(Path(entry["path"]) / "LOCK") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert cache(folder, "purge", name)[1][0]["became"] == "in use"
+        assert [code for code, _ in (cache(folder, "purge", name), cache(folder, "pin", name))] == [1, 1]
+        assert "in use" in aollm("cache", "ls", "--cache-dir", str(folder)).stdout
+        assert cache(folder, "verify") == (0, [{**cache(folder, "verify")[1][0], "in_use": True, "bytes": 0}])
+    left = folder / "kv_cache_paged" / "scratch-0123456789abcdef"
+    left.mkdir(mode=0o700)
+    (left / "data").write_bytes(bytes(4096))
+    assert "left by a run that was ended" in aollm("cache", "ls", "--cache-dir", str(folder)).stdout
+    code, gone = cache(folder, "purge", "--all")
+    assert (code, [entry["became"] for entry in gone]) == (0, ["removed"] * 2)
+    assert cache(folder, "ls") == (0, []) and not left.exists() and not Path(entry["path"]).exists()
+    assert aollm("cache", "ls", "--cache-dir", str(folder)).stdout == f"nothing is stored in {folder}\n"
+
+
+def test_damage_is_found_and_dropped(stored: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(stored, folder)
+    code, (entry,) = cache(folder, "verify")
+    assert (code, entry["good"], entry["damaged"], entry["error"]) == (0, entry["blocks"], 0, None)
+    assert entry["bytes"] == cache(folder, "ls")[1][0]["bytes"]
+    data = next(path for path in Path(entry["path"]).iterdir() if path.name not in ("LOCK", "manifest"))
+    with open(data, "r+b") as file:
+        file.seek(4096 + 100)
+        byte = file.read(1)
+        file.seek(4096 + 100)
+        file.write(bytes([byte[0] ^ 1]))
+    code, (found,) = cache(folder, "verify")
+    assert (code, found["good"], found["damaged"], found["dropped"]) == (1, entry["blocks"] - 1, 1, 0)
+    assert "checksum: a payload was damaged" in found["error"]
+    told = aollm("cache", "verify", "--cache-dir", str(folder))
+    assert told.returncode == 1 and "1 block cannot be used; --drop removes them" in told.stdout
+    code, (found,) = cache(folder, "verify", "--drop")
+    assert (code, found["damaged"]) == (0, 1) and found["dropped"] >= 1
+    code, (left,) = cache(folder, "verify")
+    assert (code, left["good"], left["blocks"]) == (0, entry["blocks"] - found["dropped"], entry["blocks"] - found["dropped"])
+
+
+def test_one_unusable_folder_does_not_hide_the_others(stored: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(stored, folder)
+    (folder / "kv_cache_chunked").symlink_to("/tmp")
+    found = aollm("cache", "ls", "--cache-dir", str(folder))
+    assert found.returncode == 1 and "paged" in found.stdout
+    assert re.fullmatch(r"aollm: error: .*kv_cache_chunked is a symbolic link or not a folder; .*\n", found.stderr)
+
+
+def test_a_conversation_goes_on_in_another_run(tmp_path: Path) -> None:
+    talk, folder = tmp_path / "talk.json", ["--cache-dir", str(tmp_path / "cache"), "--max-new-tokens", "24"]
+    lines = ["Hello, my name is Vera.", "The secret number of Mira is 4817.", "Tell me a story about a fox."]
+    found = aollm("chat", "demo", *folder, "--save", str(talk), stdin="\n".join(lines))
+    assert (found.returncode, "error" in found.stderr) == (0, False)
+    saved = json.loads(talk.read_text())
+    assert [message["content"] for message in saved["messages"]][::2] == lines
+    assert saved["settings"] | {"cache_dir": ""} == {"kv_cache_strategy": "paged", "kv_cache_lifecycle": "persistent", "cache_dir": ""}
+
+    again = aollm("chat", "demo", *folder, "--resume", str(talk), stdin="What is the secret number of Mira?\n/stats\n")
+    reused = re.search(r"^(\d+) of (\d+) prompt tokens came from the KV cache \(.*\)$", again.stderr, re.MULTILINE)
+    assert reused is not None and int(reused[2]) > int(reused[1]) > int(reused[2]) - 20
+    assert json.loads(talk.read_text()) == saved
+    plain = aollm(
+        "chat", "demo", *folder, "--resume", str(talk), "--kv-cache-strategy", "resident", stdin="What is the secret number of Mira?"
+    )
+    assert "0 of " in plain.stderr and "nothing is kept between runs" in plain.stderr
+    assert plain.stdout == again.stdout
+
+    elsewhere = aollm("chat", "demo", "--cache-dir", str(tmp_path / "other"), "--resume", str(talk), stdin="")
+    assert f"its KV cache was kept with --cache-dir {tmp_path}/cache, not {tmp_path}/other" in elsewhere.stderr
+    talk.write_text(json.dumps({**saved, "model": "another"}))
+    other = aollm("chat", "demo", *folder, "--resume", str(talk), stdin="")
+    assert "the transcript is of the model another: demo reads all of it anew" in other.stderr
+    refused = aollm("chat", "demo", "--save", str(talk), stdin="hello")
+    assert (refused.returncode, "is there already" in refused.stderr) == (2, True)
+
+
+def test_chat_keeps_kv_between_turns_and_forgets_what_was_not_answered(tmp_path: Path) -> None:
+    talk = tmp_path / "talk.json"
+    lines = ["Hello.", "/stats", "too long " * 300, f"/save {talk}", "What is 3 + 4?", "/stats"]
+    found = aollm("chat", "demo", "--max-new-tokens", "16", "--max-context-tokens", "256", stdin="\n".join(lines))
+    assert len(json.loads(talk.read_text())["messages"]) == 2
+    stats = re.findall(r"(\d+) messages · .* · (\d+) of (\d+) prompt tokens came from the KV cache.* · KV resident: ", found.stderr)
+    assert stats[0][:2] == ("2", "0") and stats[1][0] == "4"
+    assert 0 < int(stats[1][1]) < int(stats[1][2])
+    assert "aollm: error: the prompt has" in found.stderr
+
+
+def test_an_answer_without_a_word_is_forgotten_with_its_question(tmp_path: Path) -> None:
+    talk = tmp_path / "talk.json"
+    lines = ["Hello, my name is Vera.", f"/save {talk}", "What is 3 + 4?", f"/save {talk}"]
+    found = aollm("chat", "demo", "--max-new-tokens", "16", "--max-context-tokens", "256", "--stop", "Hello", stdin="\n".join(lines))
+    assert [f"saved {count} in {talk}" in found.stderr for count in ("0 messages", "2 messages")] == [True, True]
+    assert json.loads(talk.read_text())["messages"][0]["content"] == "What is 3 + 4?"
 
 
 class Typist:

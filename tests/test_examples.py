@@ -42,6 +42,17 @@ def anyio_backend() -> str:
         ("cancel", [], r"(?s)left the loop: the request is gone: <Engine 0 riding.*timed out: .* 0 riding.*task cancelled: .* 0 riding"),
         ("trio_app", [], r"(?s)Once upon a time.*[1-9]\d* ticks meanwhile, the latest [\d.]+ ms late"),
         ("trace_a_token", ["demo", "a.json"], r"(?s)at ms.*stall.*compute.*layer 0.*safetensor_pread.*bytes read, .*saved a\.json"),
+        (
+            "long_context",
+            ["demo", "150"],
+            r"(?s)2\d{3} tokens read.*in memory: [12]\d{3} tokens.*on disk: +[12]\d{3} tokens.* hid the silver key in the blue barn",
+        ),
+        (
+            "resume_session",
+            [],
+            r"(?s)> My name is Vera.*from disk: [1-9]\d+ of \d+ prompt.*number of Mira is 4817.*anew: 0 of \d+.*number of Mira is 4817",
+        ),
+        ("branch", [], r"(?s)> Tell me.*\(2\d{3} of 2\d{3} prompt tokens were there\).*4 branches in \d+ passes; tokens in memory: 2\d{3}"),
     ],
     ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "",
 )

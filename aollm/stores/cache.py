@@ -99,20 +99,25 @@ class Cache:
         return tokens, reason
 
     async def ready(self, store: Store) -> None:
-        """Have the last, incomplete block of each layer in memory, so that it can be continued. Raises `StoreError`."""
+        """Have the last, incomplete block of each layer in memory and the store's own, so that it can be continued whatever
+        leaves memory until then. Raises `StoreError`."""
         for layer in range(self.pool.layers):
             length = store.length(layer)
-            if not length % BLOCK:
+            if self.records is None or not length % BLOCK:
                 continue
             cell = store.cells(layer, length - 1)[0]
-            if cell.slot is None and self.records is not None:
+            if cell.writable:
+                continue
+            if cell.slot is None:
                 loaded = await self.records.read_apart(cell)
-                own = Cell(layer, cell.index, self.pool.take(), length % BLOCK)
-                assert own.slot is not None
                 keys, values = await anyio.to_thread.run_sync(loaded.decode)
-                own.slot.keys[: own.rows], own.slot.values[: own.rows] = keys[: own.rows], values[: own.rows]
-                self.pool.fill(layer, own.rows)
-                self.memory.disown([store.replace(layer, cell.index, own)])
+            else:
+                keys, values = cell.slot.keys, cell.slot.values
+            own = Cell(layer, cell.index, self.pool.take(), length % BLOCK)
+            assert own.slot is not None
+            own.slot.keys[: own.rows], own.slot.values[: own.rows] = keys[: own.rows], values[: own.rows]
+            self.pool.fill(layer, own.rows)
+            self.memory.disown([store.replace(layer, cell.index, own)])
 
     async def missed(self, store: Store, position: int, reason: StoreError) -> None:
         """What is stored of `store` at `position` could not be read. If that is because it is damaged, nobody is to find it again."""
@@ -164,7 +169,7 @@ class Cache:
 
         Raises `StoreError` when memory is full and nothing can be written.
         """
-        self.memory.passed = self.pool.layers
+        self.memory.pass_by(self.pool.layers - 1)
         if self.records is not None:
             await self.records.bury()
             growth = tails * self.pool.layers + 2 * rows
@@ -243,6 +248,7 @@ class Cache:
         return f"<Cache {len(self._stores)} stores, {self.memory}>"
 
     def _ended(self, store: Store) -> None:
+        self.memory.see_off()
         self._stores.pop(store.number, None)
         self.memory.disown(store.take_cells())
         self.pool.release(store.reserved)

@@ -83,13 +83,15 @@ class Index:
         if len(self._evicted) > REMEMBERED:
             self._evicted.popitem(last=False)
 
-    def lookup(self, root: bytes, ids: Sequence[int]) -> Found:
-        """The longest stored prefix of `ids` under `root`."""
+    def lookup(self, root: bytes, ids: Sequence[int], beside: Index | None = None) -> Found:
+        """The longest stored prefix of `ids` under `root`; blocks that are not here may come from the index `beside`."""
         path: list[Node] = []
         tokens, parent = 0, root
         while tokens < len(ids):
             wanted = pack_ids(ids[tokens : tokens + self._block])
             best, common = _nearest(self._children.get(parent, []), wanted)
+            if beside is not None and (other := _nearest(beside._children.get(parent, []), wanted))[1] > common:
+                best, common = other
             if best is not None and common:
                 path.append(best)
                 tokens += common

@@ -49,6 +49,10 @@ class Memory:
     def pass_by(self, layer: int) -> None:
         """The pass is done with `layer`."""
         self.passed = layer + 1
+        self.see_off()
+
+    def see_off(self) -> None:
+        """Let go of what was to be left."""
         self.disown([self._left.popleft() for _ in range(len(self._left))])
 
     def promote(self, cell: Cell, copy: Cell) -> None:

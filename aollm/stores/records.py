@@ -85,6 +85,8 @@ class Records:
         self._disk, self._trace = disk, trace
         self._unsynced: set[str] = set()
         self._doomed: list[str] = []
+        self._burying = anyio.Lock()
+        """Held while files are removed: nothing is to be placed in one that is about to go."""
 
     async def read(self, run: Run, buffer: memoryview) -> list[Loaded]:
         """The cells of a run, read into `buffer` (of `run.nbytes`). Raises `StoreError` unless all are what was stored."""
@@ -140,12 +142,15 @@ class Records:
         places: list[Place] = []
         fronts = pages_of(PAGE * len(records))
         try:
-            for number, (header, parts, check, store) in enumerate(records):
-                where = self.layout.place(store, header.layer, header.index, record_nbytes(header.nbytes))
-                where = replace(where, file=os.path.join(self.volume.path, where.file))
-                if where.file in self._doomed:  # it lives again
-                    self._doomed.remove(where.file)
-                places.append(Place(header, where))
+            async with self._burying:
+                for header, _, _, store in records:
+                    where = self.layout.place(store, header.layer, header.index, record_nbytes(header.nbytes))
+                    where = replace(where, file=os.path.join(self.volume.path, where.file))
+                    if where.file in self._doomed:  # it lives again
+                        self._doomed.remove(where.file)
+                    places.append(Place(header, where))
+            for number, ((_, parts, check, _), place) in enumerate(zip(records, places, strict=True)):
+                header, where = place.header, place.extent
                 front = fronts[number * PAGE : (number + 1) * PAGE]
                 packed = header.pack(check)
                 front[: len(packed)] = packed
@@ -200,11 +205,12 @@ class Records:
 
     async def bury(self) -> None:
         """Remove the files that nothing is left in; nothing of them may be in flight."""
-        while self._doomed:
-            file = self._doomed.pop()
-            self._unsynced.discard(file)
-            await self._disk.forget(file)
-            await anyio.to_thread.run_sync(self.volume.folder.remove, os.path.basename(file))
+        async with self._burying:
+            while self._doomed:
+                file = self._doomed.pop()
+                self._unsynced.discard(file)
+                await self._disk.forget(file)
+                await anyio.to_thread.run_sync(self.volume.folder.remove, os.path.basename(file))
 
     async def aclose(self) -> None:
         """Let go of all files."""

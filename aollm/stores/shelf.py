@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 from ..disk.calls import Calls
@@ -74,7 +74,7 @@ class Others:
             self.skipped += 1
             return []
         self.skipped += parsed.damage is not None
-        return whole(parsed.nodes.values())
+        return whole(parsed.nodes.values(), None)
 
 
 def read_manifest(folder: Folder, identity: bytes | None = None) -> Parsed:
@@ -82,8 +82,8 @@ def read_manifest(folder: Folder, identity: bytes | None = None) -> Parsed:
     return parse(folder.read(MANIFEST, MANIFEST_LIMIT) or b"", str(folder.path), identity)
 
 
-def whole(nodes: Iterable[Node]) -> list[Node]:
-    """Of `nodes`, those whose files are long enough and whose parents are there too; parents come first."""
+def whole(nodes: Iterable[Node], elsewhere: Container[bytes] | None = ()) -> list[Node]:
+    """Of `nodes`, those whose files are long enough and whose parents are there or `elsewhere` (None: wherever); parents come first."""
     sizes: dict[str, int] = {}
     kept: dict[bytes, Node] = {}
     for node in sorted(nodes, key=lambda node: node.index):
@@ -93,7 +93,8 @@ def whole(nodes: Iterable[Node]) -> list[Node]:
                 sizes[file] = os.lstat(file).st_size
             except OSError:
                 sizes[file] = -1
-        if (not node.index or node.parent in kept) and all(extent.end <= sizes[extent.file] for extent in extents):
+        there = not node.index or node.parent in kept or elsewhere is None or node.parent in elsewhere
+        if there and all(extent.end <= sizes[extent.file] for extent in extents):
             kept[node.digest] = node
     return list(kept.values())
 

@@ -134,15 +134,18 @@ class Trial:
             promoted: list[tuple[Cell, Cell]] = []
             if cache.pressed(rows):
                 await cache.relieve(rows)
-            for pair, ids in parts:
-                fresh = content(cache.pool, layer, len(pair.ids), ids)
-                await anyio.to_thread.run_sync(pair.store.append, layer, *fresh)
+            if rows:
+                await anyio.to_thread.run_sync(self._append, layer, parts)
             for pair, ids in parts:
                 await self._compare(pair, layer, [*pair.ids, *ids], first_seen(len(pair.ids), cache.window), promoted)
             cache.settle(layer, [pair.store for pair, _ in parts], promoted)
         for pair, ids in parts:
             pair.ids += ids
             expect((pair.store.tokens, pair.store.ids), (len(pair.ids), pair.ids), "tokens after a pass")
+
+    def _append(self, layer: int, parts: Sequence[tuple[Pair, Sequence[int]]]) -> None:
+        for pair, ids in parts:
+            pair.store.append(layer, *content(self.cache.pool, layer, len(pair.ids), ids))
 
     async def _compare(self, pair: Pair, layer: int, ids: Sequence[int], first: int, promoted: list[tuple[Cell, Cell]]) -> None:
         cache, cells = self.cache, pair.store.cells(layer, first)

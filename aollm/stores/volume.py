@@ -154,8 +154,8 @@ class Volume:
         if found.reason is None:
             return found
         elsewhere = self._others.index()
-        if (other := elsewhere.lookup(root, ids)).tokens > found.tokens:
-            return other
+        if (more := self.index.lookup(root, ids, elsewhere)).tokens > found.tokens:
+            return more
         if not len(self.index) and not len(elsewhere):
             words = {difference(self.identity, near) for near in self.neighbours()}
             return replace(found, reason=f"{found.reason}, but for {min(filter(None, words))}") if words else found
@@ -207,6 +207,8 @@ class Volume:
         if parsed.head is not None:
             self._adopt(parsed.head)
         live = whole(parsed.nodes.values())
+        if len(live) < len(parsed.nodes):  # some may follow what another volume has
+            live = whole(parsed.nodes.values(), self._others.index())
         for node in live:
             self.index.add(node)
         self.lost = len(parsed.nodes) - len(live)
