@@ -216,6 +216,30 @@ async def writes(folder: Path, rounds: int, model: Path | None) -> Row:
     }  # fmt: skip
 
 
+async def presets(folder: Path, rounds: int, model: Path | None) -> Row:
+    """Each preset on 16k tokens: what it writes, how fast it reads back, what it keeps in memory, and what a step takes."""
+    tokens, steps, found = 16_384, 4 + 4 * rounds, {}
+    for strategy, preset in PRESETS.items():
+        fields: Row = {"kv_cache_memory": "4MiB", "cache_dir": folder} if preset.layout is not None else {}
+        fields |= {"kv_cache_window_tokens": 4096} if preset.windowed else {}
+        async with Runtime.open(
+            "demo", max_context_tokens=tokens, max_concurrent_requests=1, kv_cache_strategy=strategy, **fields
+        ) as runtime:  # fmt: skip
+            run, pool, records, most = None, runtime.cache.pool, runtime.cache.records, 0
+            begun = time.perf_counter()
+            run = await answer(runtime, some_ids(tokens - steps), steps)
+            loads = [event for event in runtime.trace.between(begun + run.seconds[0], time.perf_counter()) if event.name == "kvload"]
+            most = (tokens - 1) * pool.layers * 2 * pool.row_nbytes - run.missing[-2]
+            found[strategy] = {
+                "written_over_kv": records.written_nbytes / (tokens * 1536) if records is not None else 0.0,
+                "read_bytes_per_second": sum(event.nbytes for event in loads) / covered(loads) if loads else None,
+                "bytes_per_step": median(run.loaded[2:-1]), "memory_nbytes": most, "first_token_s": run.seconds[0],
+                "step_s": median(run.seconds[2:-1]),
+            }  # fmt: skip
+    told = ", ".join(f"{name} {row['step_s'] * 1e3:.0f} ms" for name, row in found.items())
+    return {"bar": "-", "told": told, "reached": True, "presets": found}
+
+
 async def spill(folder: Path, rounds: int, model: Path | None) -> Row:
     """A prompt whose KV is written while the next layers compute, against one whose KV stays in memory."""
     tokens = 16_384
@@ -379,6 +403,7 @@ async def window(folder: Path, rounds: int, model: Path | None) -> Row:
 
 
 QUESTIONS: dict[str, Question] = {
-    "context": context, "rate": rate, "decode": decode, "writes": writes, "spill": spill, "restart": restart, "lookup": lookup,
+    "context": context, "rate": rate, "decode": decode, "presets": presets, "writes": writes,
+    "spill": spill, "restart": restart, "lookup": lookup,
     "quality": quality, "window": window,
 }  # fmt: skip

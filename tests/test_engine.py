@@ -352,8 +352,9 @@ async def test_cancelling_ends_within_one_layer(folder: Path) -> None:
         disk.delay_s = 0.1
         with anyio.move_on_after(0.25):
             await ids_of(runtime, tiny.prompt(50), 100)
-        with anyio.fail_after(0.35):
-            await settled(runtime)
+        begun = len(disk.reads)
+        await settled(runtime)
+        assert len(disk.reads) - begun <= 2  # a pass has eight pieces
 
 
 async def test_cancelling_while_in_line_leaves_the_line(folder: Path) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -34,6 +35,8 @@ class Lifecycle(Protocol):
 
     name: str
     persistent: bool
+    tends_every_s: float
+    """Seconds after which `tend` has work even if nothing was written."""
 
     def root(self, salt: str) -> bytes:
         """What the digests of sequences with `salt` begin with."""
@@ -83,7 +86,7 @@ class Lifecycle(Protocol):
 class RuntimeScoped:
     """Nothing outlives the runtime."""
 
-    name, persistent = "runtime-scoped", False
+    name, persistent, tends_every_s = "runtime-scoped", False, math.inf
 
     def root(self, salt: str) -> bytes:
         """No digests are needed."""

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from time import monotonic
 
 import anyio.to_thread
 import torch
@@ -40,7 +41,8 @@ class Persistent:
         self._unfinished: dict[bytes, dict[int, Cell]] = {}
         self._whole: dict[bytes, tuple[Store, int]] = {}  # of these, those with all layers, until they are committed
         self._live: dict[bytes, tuple[Cell, ...]] = {}  # the cells of nodes that sequences share
-        self._tended = (0, 0.0)
+        self.tends_every_s = math.inf if max_age_s is None else min(max_age_s / 4, 60)
+        self._tended, self._tended_at = (0, 0), -math.inf
 
     def root(self, salt: str) -> bytes:
         """A digest of the model's identity and the salt."""
@@ -120,9 +122,10 @@ class Persistent:
         """Drop what is over the quota or too old, but nothing that a sequence is made of."""
         for name in [name for name, cells in self._live.items() if not any(cell.owners or cell.slot for cell in cells)]:
             self._forget_live(name)
-        seen = len(self._volume.index), self._volume.index.nbytes
-        if (self._max_bytes is None and self._max_age_s is None) or seen == self._tended:
+        seen, now = (len(self._volume.index), self._volume.index.nbytes), monotonic()
+        if (self._max_bytes is None and self._max_age_s is None) or (seen == self._tended and now - self._tended_at < self.tends_every_s):
             return
+        self._tended_at = now
         held = {name for name, cells in self._live.items() if any(cell.owners for cell in cells)}
         nodes = await anyio.to_thread.run_sync(excess, self._volume.index, self._max_bytes, self._max_age_s, time.time(), held)
         await self.drop(nodes)

@@ -6,7 +6,6 @@ know when a pass begins and ends.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
@@ -79,7 +78,7 @@ class Writer:
     async def run(self) -> None:
         """Write what is to be written, until cancelled."""
         while True:
-            with anyio.move_on_after(self._policy.flush_s if self._unsynced else math.inf):
+            with anyio.move_on_after(self._policy.flush_s if self._unsynced else self._lifecycle.tends_every_s):
                 await self._work.wait()
             self._work = anyio.Event()
             await self.drain()
@@ -91,6 +90,7 @@ class Writer:
     async def drain(self) -> None:
         """Write all that waits."""
         while self._queue or self._ending:
+            await self._tried(self._let_go)  # first: a ring has no room for a block before the one a lap ago went
             await self._write()
             await self._end_one()
 
@@ -169,10 +169,14 @@ class Writer:
         then(store)
         self._progressed()
 
-    async def _tend(self) -> None:
-        """What is best done when nothing waits for it."""
+    async def _let_go(self) -> None:
+        """Windows have moved past cells: what is stored of them goes."""
         passed, self._passed_by = self._passed_by, []
         await self._lifecycle.passed(passed)
+
+    async def _tend(self) -> None:
+        """What is best done when nothing waits for it."""
+        await self._let_go()
         await self._lifecycle.tend()
         self.compactions += await compact(self._records, self._lifecycle)
         if self._memory.passed == self._memory.pool.layers:  # between passes
