@@ -160,7 +160,7 @@ async def decode(folder: Path, rounds: int, model: Path | None) -> Row:
         str(model), memory="3GiB", max_context_tokens=tokens, max_concurrent_requests=1, kv_cache_strategy="paged",
         kv_cache_memory=tokens * 114_688 // 2, cache_dir=folder,
     ) as runtime:  # fmt: skip
-        seconds, nbytes, speeds, begun, drive = [], [], [], 0.0, 0.0
+        seconds, nbytes, speeds, begun, now = [], [], [], time.perf_counter(), 0.0
         async for _ in runtime.stream(some_ids(tokens - steps), max_new_tokens=steps):
             now = time.perf_counter()
             events = [event for event in runtime.trace.between(begun, now) if event.name in ("kvload", "safetensor_pread")]

@@ -191,7 +191,7 @@ def test_others_are_read_again_only_when_they_changed(tmp_path: Path) -> None:
     top = root(IDENTITY.digest, "")
     assert fields(mine.lookup(top, [0, 0, 0, 1]).nodes[1]) == fields(nodes[1])
     mine.commit(make_chain(mine, 1))
-    assert mine.lookup(top, [0, 0, 0, 2]).nodes[0].places[0].extent.file.startswith(other.path)
+    assert mine.lookup(top, [0, 0, 0, 2]).nodes[1].places[0].extent.file.startswith(other.path)
     assert mine.lookup(top, [0, 0]).nodes[0].places[0].extent.file.startswith(mine.path)
     other.drop(nodes[1:])
     assert len(mine.others()) == 1 and mine.skipped == 0

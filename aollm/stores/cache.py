@@ -81,8 +81,8 @@ class Cache:
                 tokens, states = await self.lifecycle.states(found, self.state_shapes)
                 if tokens < found.tokens:
                     reason = reason or f"states are stored at the ends of blocks alone, the last of them at {tokens} tokens"
-                    found = await self.lifecycle.find(store.root, ids[:tokens], self.window)
-                    tokens = min(tokens, found.tokens)
+                found = await self.lifecycle.find(store.root, ids[:tokens], self.window)  # what was found may have gone meanwhile
+                tokens = tokens if found.tokens == tokens else 0
                 if tokens:
                     store.states.restore(tokens, [*states])
             if not tokens:

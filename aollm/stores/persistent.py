@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -41,6 +42,7 @@ class Persistent:
         self._unfinished: dict[bytes, dict[int, Cell]] = {}
         self._whole: dict[bytes, tuple[Store, int]] = {}  # of these, those with all layers, until they are committed
         self._live: dict[bytes, tuple[Cell, ...]] = {}  # the cells of nodes that sequences share
+        self._used: dict[bytes, Node] = {}  # since the last sync
         self.tends_every_s = math.inf if max_age_s is None else min(max_age_s / 4, 60)
         self._tended, self._tended_at = (0, 0), -math.inf
 
@@ -51,11 +53,14 @@ class Persistent:
     async def find(self, root: bytes, ids: Sequence[int], window: int | None) -> Prefix:
         """The longest stored prefix, by comparing ids; it counts as used now."""
         found = await anyio.to_thread.run_sync(self._volume.lookup, root, ids)
+        while any(map(self._gone, found.nodes)):  # dropped while the lookup came back
+            found = await anyio.to_thread.run_sync(self._volume.lookup, root, ids)
         found, first = _seen(found, window)
         if not found.tokens:
             return Prefix(0, found.reason or "nothing is stored")
         for node in found.nodes:
             node.used = self._volume.next_sequence()
+            self._used[node.digest] = node
         cells = [self._cells(node) for node in found.nodes[first:]]
         ends = itertools.accumulate(node.rows for node in found.nodes)
         whole = [(end, node.states) for end, node in zip(ends, found.nodes, strict=True) if end <= found.tokens and node.states]
@@ -218,9 +223,17 @@ class Persistent:
         return tokens, found
 
     async def sync(self) -> None:
-        """Sync the manifest, with all that is written."""
+        """Sync the manifest, with all that is written; it keeps which blocks were used last."""
         await self._commit_whole()
+        used = [node for node in self._used.values() if self._volume.index.get(node.digest) is node]
+        self._used.clear()
+        await anyio.to_thread.run_sync(self._volume.mark, used)
         await anyio.to_thread.run_sync(self._volume.sync)
+
+    def _gone(self, node: Node) -> bool:
+        """Whether one of the volume's own nodes is not stored any more."""
+        own = any(os.path.dirname(place.extent.file) == self._volume.path for place in node.places)
+        return own and self._volume.index.get(node.digest) is not node
 
     def _forget_live(self, name: bytes) -> None:
         """Cells that nobody shares are made anew when they are found again; others are no longer kept for good."""
