@@ -280,9 +280,10 @@ anyio.run(main)
 
 
 async def restart(folder: Path, rounds: int, model: Path | None) -> Row:
-    """An 8k prompt, `kill -9` as soon as the answer is out, a new process, the same prompt."""
+    """An 8k prompt, `kill -9` as soon as the answer is out, a new process, the same prompt. Not for what keeps its newest
+    blocks in memory only, and says so."""
     found: Row = {}
-    for strategy in WRITING:
+    for strategy in (name for name in WRITING if PRESETS[name].residency.mode == "buffered-tail"):
         code = CHILD.format(here=str(Path(__file__).parent), strategy=strategy, folder=str(folder))
         told = []
         for _ in range(2):
