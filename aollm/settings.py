@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from .errors import ConfigError, RequestError
 from .sampling import Sampling
+from .stores.presets import PRESETS
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
@@ -63,9 +64,6 @@ class _Settings(BaseModel):
             raise error("; ".join(_told(cls, problem["loc"], problem["type"], problem["msg"]) for problem in invalid.errors())) from None
 
 
-WINDOWED = "sliding-window-ring-buffer"
-
-
 class RuntimeConfig(_Settings):
     """How a model is run. `memory` bounds the whole process in bytes (or `"3GiB"`); None is what is free on the machine.
 
@@ -96,13 +94,14 @@ class RuntimeConfig(_Settings):
         """A configuration from a model's reference, or from another configuration, changed by `values`."""
         base = dict(model) if isinstance(model, RuntimeConfig) else {"model_reference": str(model)}
         config = cls.given(ConfigError, {**base, **values})
-        windowed = config.kv_cache_strategy == WINDOWED
-        if windowed != (config.kv_cache_window_tokens is not None):
+        preset = PRESETS[config.kv_cache_strategy]
+        if preset.windowed != (config.kv_cache_window_tokens is not None):
+            names = ", ".join(name for name, other in PRESETS.items() if other.windowed)
             raise ConfigError(
                 f"kv_cache_window_tokens: {config.kv_cache_strategy} keeps "
-                + ("the last tokens: say how many" if windowed else f"the full history; a window is for {WINDOWED}")
+                + ("the last tokens: say how many" if preset.windowed else f"the full history; a window is for {names}")
             )
-        if config.kv_cache_strategy == "resident" and config.kv_cache_lifecycle == "persistent":
+        if preset.layout is None and config.kv_cache_lifecycle == "persistent":
             raise ConfigError("kv_cache_lifecycle: resident keeps nothing between runs; choose a strategy that writes, such as paged")
         return config
 
