@@ -339,10 +339,10 @@ async def test_long_header_is_refused_before_it_is_read(tmp_path: Path, disk: Bo
     ids=["200,000 tensors", "lists", "depth", "digits", "name"],
 )
 def test_bloated_headers_are_refused_soon(header: bytes, word: str) -> None:
-    start = time.perf_counter()
+    start = time.thread_time()
     with pytest.raises(CheckpointError, match=word):
         parse_header(header, 8 + len(header), 8 + len(header), "x.safetensors")
-    assert time.perf_counter() - start < 2.0
+    assert time.thread_time() - start < 2.0  # of this thread: others may be busy
 
 
 GOOD = {"__metadata__": {"format": "pt"}, "a": entry([2, 3], 0, 24, "F32"), "b": entry([], 24, 26, "BF16"), "c": entry([0], 26, 26)}
