@@ -6,14 +6,9 @@ module refuses to know what a tensor is for, unpickles nothing, imports nothing 
 
 from __future__ import annotations
 
-import difflib
-import json
-import math
 import os
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
@@ -22,59 +17,15 @@ import anyio.to_thread
 
 from .disk.base import Disk, Extent, Priority
 from .errors import CheckpointError, DiskError, ModelError
+from .tensors import AGAIN, MAX_TENSORS, PICKLES, TENSOR_NAME, check_tensor, guard, parse_json
+from .tensors import DTYPES as DTYPES
+from .tensors import Checkpoint as Checkpoint
+from .tensors import TensorEntry as TensorEntry
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADER_LIMIT, INDEX_LIMIT = 32 << 20, 16 << 20
-MAX_TENSORS = 131_072  # of one file
-MAX_VALUES = 16 * MAX_TENSORS  # of one JSON text, where a tensor needs 14: `[[],[],…` would grow to 20 times its size in memory
-MAX_RANK, MAX_DIMENSION = 8, 1 << 31
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 CONVERT = "transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
-DTYPES: dict[str, int] = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
-    **dict.fromkeys(("I32", "U32", "F32"), 4),
-    **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
-}
-"""Bytes of one element, by safetensors' code for the type."""
-TENSOR_NAME = re.compile(r"[\w.\-:/]{1,512}", re.ASCII)
-NUMBER = re.compile(r"\d+")
 SHARD_NAME = re.compile(r"\w[\w.\-]{0,240}\.safetensors", re.ASCII)
-AGAIN = "it is damaged or forged: download it again, from a source that you trust"
-
-
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """One tensor: its type (a key of `DTYPES`), its shape, and where its bytes are."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    extent: Extent
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """All tensors of a model folder, in the `nbytes` bytes of `files` (full paths) that are tensors' bytes."""
-
-    folder: Path
-    tensors: Mapping[str, TensorEntry]
-    files: tuple[str, ...]
-    nbytes: int
-
-    def __getitem__(self, name: str) -> TensorEntry:
-        """The tensor called `name`; `CheckpointError` with the nearest names when there is none."""
-        if (entry := self.tensors.get(name)) is None:
-            kinds = {NUMBER.sub("0", other): other for other in self.tensors}  # a model has dozens, where it has 100,000 names
-            near = [kinds[kind] for kind in difflib.get_close_matches(NUMBER.sub("0", name), list(kinds)[:2000])]
-            raise CheckpointError(f"{self.folder} has no tensor {name}, but {near}; is its config.json that of another model?")
-        return entry
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.tensors
-
-    def __repr__(self) -> str:
-        return f"<Checkpoint {self.folder.name}: {len(self.tensors)} tensors in {len(self.files)} files, {self.nbytes / 1e9:.2f} GB>"
 
 
 async def open_checkpoint(folder: Path, disk: Disk) -> Checkpoint:
@@ -99,11 +50,11 @@ async def read_json(path: Path, limit: int = 16 << 20) -> dict[str, Any]:
     """
 
     def read() -> dict[str, Any]:
-        _guard(path.parent, path.name)
+        guard(path.parent, path.name)
         with path.open("rb") as file:
             if len(data := file.read(limit + 1)) > limit:
                 raise ValueError(f"it is larger than {limit} bytes")
-        return _parse(data, constant=float)
+        return parse_json(data, constant=float)
 
     try:
         return await anyio.to_thread.run_sync(read)
@@ -120,7 +71,7 @@ def parse_header(header: bytes, data_start: int, file_size: int, file: str) -> d
     try:
         if header[:1] != b"{":
             raise ValueError("the header does not start with {")
-        entries = _parse(header)
+        entries = parse_json(header)
         metadata = entries.pop("__metadata__", {})
         if len(entries) > MAX_TENSORS:
             raise ValueError(f"it lists {len(entries)} tensors, more than {MAX_TENSORS}")
@@ -146,36 +97,16 @@ def _entry(name: str, fields: object, data_start: int, file: str) -> TensorEntry
         raise ValueError(f"{short(name)} cannot be the name of a tensor")
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {name} is not described by dtype, shape and data_offsets alone")
-    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{file}: tensor {name} has dtype {short(dtype)}; save the model in one of {', '.join(DTYPES)}")
-    if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(type(n) is int and 0 <= n <= MAX_DIMENSION for n in shape):
-        raise ValueError(f"tensor {name} has shape {short(shape)}: not at most {MAX_RANK} whole numbers from 0 to {MAX_DIMENSION}")
+    dtype, shape, nbytes = check_tensor(name, fields["dtype"], fields["shape"], file)
+    offsets = fields["data_offsets"]
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets) or not 0 <= offsets[0] <= offsets[1]:
         raise ValueError(f"tensor {name} has data_offsets {short(offsets)}: not a begin and an end")
     begin, end = offsets
-    if (nbytes := math.prod(shape) * DTYPES[dtype]) != end - begin:
-        raise ValueError(f"tensor {name} has shape {shape} of {dtype}, {nbytes} bytes, but data_offsets of {short(end - begin)} bytes")
-    return TensorEntry(name, dtype, tuple(shape), Extent(file, data_start + begin, nbytes))
-
-
-def _parse(data: bytes, constant: Callable[[str], object] = int) -> dict[str, Any]:
-    """A JSON object, no key twice in it or below; `ValueError` for all else. `constant` takes NaN or Infinity; int raises."""
-    if sum(map(data.count, b"{[,")) > MAX_VALUES:
-        raise ValueError(f"it holds more than {MAX_VALUES:,} values")
-    try:
-        found = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=constant)
-    except RecursionError as error:
-        raise ValueError("its JSON is nested too deeply") from error
-    if not isinstance(found, dict):
-        raise ValueError("it is not a JSON object")
-    return found
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(built := dict(pairs)) != len(pairs):
-        raise ValueError(f"the key {short(Counter(key for key, _ in pairs).most_common(1)[0][0])} appears twice")
-    return built
+    if nbytes != end - begin:
+        raise ValueError(
+            f"tensor {name} has shape {list(shape)} of {dtype}, {nbytes} bytes, but data_offsets of {short(end - begin)} bytes"
+        )
+    return TensorEntry(name, dtype, shape, Extent(file, data_start + begin, nbytes))
 
 
 async def _first(folder: Path, disk: Disk) -> str:
@@ -201,20 +132,8 @@ async def _first(folder: Path, disk: Disk) -> str:
     return next((name for name in (SINGLE, INDEX) if name in names), weights[0])
 
 
-def _guard(folder: Path, name: str) -> None:
-    """Refuse a link out of the folder (or out of the Hugging Face cache that it is part of), and all but regular files."""
-    path, root = folder / name, Path(os.path.realpath(folder))
-    cached = root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--")
-    allowed = (root, root.parent.parent / "blobs") if cached else (root,)
-    real = Path(os.path.realpath(path))
-    if not any(real.is_relative_to(each) for each in allowed):
-        raise CheckpointError(f"{path} is a link that leaves the model folder; put the file itself there if you trust it")
-    if os.path.lexists(path) and not os.path.isfile(real):
-        raise CheckpointError(f"{path} is not a regular file, nor a link to one; download it again")
-
-
 async def _size(folder: Path, name: str, disk: Disk) -> int:
-    await anyio.to_thread.run_sync(_guard, folder, name)
+    await anyio.to_thread.run_sync(guard, folder, name)
     return await disk.size(str(folder / name))
 
 
@@ -231,7 +150,7 @@ async def _read_index(folder: Path, disk: Disk) -> dict[str, str]:
     try:
         if nbytes > INDEX_LIMIT:
             raise ValueError(f"it has {nbytes} bytes, more than the {INDEX_LIMIT} that are read of an index")
-        picks = (await anyio.to_thread.run_sync(_parse, await _read(file, 0, nbytes, disk))).get("weight_map")
+        picks = (await anyio.to_thread.run_sync(parse_json, await _read(file, 0, nbytes, disk))).get("weight_map")
         if not isinstance(picks, dict) or not picks:
             raise ValueError("it has no weight_map")
         if odd := [shard for shard in picks.values() if not isinstance(shard, str) or not SHARD_NAME.fullmatch(shard)]:

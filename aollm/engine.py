@@ -22,6 +22,7 @@ from .embedding import Embedding
 from .errors import AollmError, ModelError, RequestError, StoreError
 from .gathering import Gathering
 from .maths.attention import BLOCK
+from .mixing import Arrive, Fetch
 from .request import Answer, Request
 from .sampling import Draw
 from .shift import shift
@@ -102,7 +103,7 @@ class Engine:
     async def run(self) -> None:
         """Go round until cancelled."""
         try:
-            async with self._model.weights:
+            async with self._model.experts, self._model.weights:
                 while True:
                     batch = await self._admit()
                     try:
@@ -153,6 +154,7 @@ class Engine:
                 reply = await self._answer(step)
                 self._model.trace.add(Event("stall", start, perf_counter(), label=type(step).__name__.lower()))
         finally:
+            self._model.experts.stop()
             await self._gathering.stop()
         stayed, logits = step.value
         if not len(stayed):  # the pass ended before the round did
@@ -198,6 +200,10 @@ class Engine:
                 return await self._gathering.next()
             case Room(rows):
                 return await self._cache.relieve(rows)
+            case Fetch(layer, experts, rows):
+                return self._model.experts.fetch(layer, experts, rows)
+            case Arrive():
+                return await self._model.experts.next()
             case Leave(batch, stay, piece):
                 await self._gathering.stop()
                 for request in {segment.answer.request for segment in batch.segments if segment.answer.request.cancelled}:

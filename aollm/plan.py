@@ -5,12 +5,13 @@ It is arithmetic on sizes, done before a single weight is read, and either the w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from .buffers import Ledger, pages, size
 from .errors import MemoryBudgetError
+from .experts import Key, slot_nbytes
 from .families.base import Family
 from .maths.attention import BLOCK
 from .placement import band, ring_nbytes, spread
@@ -25,8 +26,12 @@ CHUNK_ROWS = 512
 KV_SHARE, ACTIVATION_SHARE = 1 / 8, 1 / 16
 """Shares of the memory that go to KV and to rows under way when the caller does not say how many tokens there will be."""
 LEAST_RING = 256 << 10
+LEAST_SLOTS = 4
+"""Experts that have room in any case: some are read while others are used."""
 RUN_NBYTES = 4 << 20
 """Bytes of stored blocks that are read together: what a drive needs to reach its speed."""
+LEAST_ROWS, KEPT_LAYERS = 32, 4
+"""Rows that a pass has at least, and layers of them that are in memory at once, as fresh keys and values, beside everybody's last block."""
 SLACK = 64 << 20
 """For what nobody can count beforehand: thread stacks, the allocator's leftovers, scratch memory of matrix products."""
 
@@ -46,6 +51,11 @@ class RuntimePlan:
     weights_nbytes: int
     pinned_nbytes: int
     streamed_nbytes_per_pass: int
+    """Without experts, which are read when rows are routed to them."""
+    experts: int
+    expert_slots: int
+    """Experts that have room in memory at once."""
+    expert_slot_nbytes: int
     ring_nbytes: int
     kv_nbytes_per_token: int
     kv_cache_strategy: str
@@ -71,8 +81,9 @@ class RuntimePlan:
 
 
 def make_plan(
-    config: RuntimeConfig, model_type: str, family: Family, pieces: Sequence[Piece], memory: int, in_use: int, disk: tuple[str, str]
-) -> RuntimePlan:
+    config: RuntimeConfig, model_type: str, family: Family, pieces: Sequence[Piece], experts: Mapping[Key, Piece],
+    memory: int, in_use: int, disk: tuple[str, str],
+) -> RuntimePlan:  # fmt: skip
     """Divide `memory` bytes, of which the process already has `in_use`. Raises `MemoryBudgetError` with the largest parts."""
     ledger = Ledger(memory)
     ledger.lines["interpreter and libraries"] = in_use
@@ -88,11 +99,15 @@ def make_plan(
         + _answers(config) * family.vocabulary * (family.dtype.itemsize + 8)
     )
     sizes, kept_sizes = [piece.nbytes for piece in pieces], [pinned_nbytes(piece) for piece in pieces]
-    kept = None if config.offload_cpu_layers is None else band(family.kv.layers, config.offload_cpu_layers, config.offload_cpu_policy)
-    fits = sum(kept_sizes) + kv_nbytes + activations <= ledger.free
+    kept = None if config.offload_cpu_layers is None else band(family.layers, config.offload_cpu_layers, config.offload_cpu_policy)
+    slot = slot_nbytes(experts)
+    fits = sum(kept_sizes) + kv_nbytes + activations + slot * len(experts) <= ledger.free
     ring = 0 if fits and kept is None else max(pages(ring_nbytes(sizes, config.prefetch_depth)), LEAST_RING)
     for name, nbytes in (("stream ring", ring), ("kv", kv_nbytes), ("activations", activations)):
         ledger.lines[name] = nbytes
+    slots = min(len(experts), LEAST_SLOTS)
+    if experts:
+        ledger.lines["experts"] = slots * slot
     if kept is None:
         ledger.reserve("pinned weights", 0)
         pinned = spread(kept_sizes, ledger.free)
@@ -100,16 +115,23 @@ def make_plan(
         pinned = frozenset(index for index, piece in enumerate(pieces) if piece.layer in kept)
     ledger.reserve("pinned weights", sum(kept_sizes[index] for index in pinned))
     table = pages(family.vocabulary * family.hidden * family.dtype.itemsize)
-    if len(pinned) == len(pieces) and family.embedding != family.head and table <= ledger.free:
+    if len(pinned) == len(pieces) and family.embedding != family.head and slot * (len(experts) - slots) + table <= ledger.free:
         ledger.reserve("pinned embedding", table)
+    if experts:
+        room = ledger.free if config.expert_memory is None else min(ledger.free, config.expert_memory - slots * slot)
+        more = min(len(experts) - slots, max(room, 0) // slot)
+        ledger.reserve("experts", more * slot)
+        slots += more
+    expert_nbytes = sum(piece.read_nbytes for piece in experts.values())
     return RuntimePlan(
         model=config.model_reference, family=model_type, dtype=str(family.dtype).removeprefix("torch."),
         vocabulary=family.vocabulary, memory=memory, ledger=dict(ledger.lines),
         placement=tuple("host" if index in pinned else "disk" for index in range(len(pieces))),
         pieces=tuple(piece.label for piece in pieces),
-        weights_nbytes=sum(piece.read_nbytes for piece in pieces),
+        weights_nbytes=sum(piece.read_nbytes for piece in pieces) + expert_nbytes,
         pinned_nbytes=sum(pieces[index].read_nbytes for index in pinned),
         streamed_nbytes_per_pass=sum(piece.read_nbytes for index, piece in enumerate(pieces) if index not in pinned),
+        experts=len(experts), expert_slots=slots, expert_slot_nbytes=slot,
         ring_nbytes=ring, kv_nbytes_per_token=family.kv.token_nbytes, kv_cache_strategy=config.kv_cache_strategy,
         kv_tokens=kv_tokens, kv_ring_nbytes=kv.ring_nbytes, max_context_tokens=context,
         max_concurrent_requests=config.max_concurrent_requests, max_answers=_answers(config), max_rows=max_rows, chunk_rows=chunk_rows,
@@ -144,7 +166,7 @@ def kv_share(config: RuntimeConfig, family: Family, free: int) -> KvShare:
     record = record_nbytes(preset.codec.payload_nbytes(min(BLOCK, context), kv.row_nbytes, kv.dtype.itemsize))
     ring = (config.prefetch_depth + 1) * max(record, min(RUN_NBYTES, free // 32) // record * record)
     tokens = min(share // token, context * config.max_concurrent_requests)
-    least = min(BLOCK, context) + -(-4 * 32 // max(kv.layers, 1))
+    least = min(BLOCK, context) + -(-LEAST_ROWS * KEPT_LAYERS // max(kv.layers, 1))
     if tokens < least:
         if config.kv_cache_memory is not None:
             raise MemoryBudgetError(
@@ -174,5 +196,8 @@ def _answers(config: RuntimeConfig) -> int:
 
 
 def _row_nbytes(family: Family) -> int:
-    """Bytes of one row that live through a pass: its hidden state, a copy while rows are rearranged, and its angles."""
-    return 3 * family.hidden * family.dtype.itemsize + 16 * family.kv.head_dim
+    """Bytes of one row that live through a pass: its hidden state, a copy while rows are rearranged, and its angles; where it is
+    routed, what its experts are given, what they come to, what is computed beside them, and whom it was sent to."""
+    row = family.hidden * family.dtype.itemsize
+    mixed = max((3 * row + 48 * step.experts.top for step in family.steps if step.experts is not None), default=0)
+    return 3 * row + 16 * family.kv.head_dim + mixed

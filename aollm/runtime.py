@@ -25,18 +25,20 @@ from .disk.base import Disk
 from .embedding import Embedding
 from .engine import Engine, Limits
 from .errors import ConfigError, DiskError, RequestError, first_of
+from .experts import ExpertCache
 from .families.base import Family
 from .kv import cache_state, open_cache
 from .plan import RuntimePlan
 from .port import Port
 from .probe import drive_speed
+from .reference import find
 from .request import FinishReason, Request, Token
 from .sampling import Sampler
 from .session import Session
 from .settings import GenerationConfig, RuntimeConfig
 from .stores.cache import Cache
 from .stream import Choice, Completion, TokenStream, Usage
-from .survey import locate, survey
+from .survey import survey
 from .sweep import Model
 from .text import Text
 from .trace import Trace, profile
@@ -183,7 +185,7 @@ class Runtime:
         return f"<Runtime {self.plan.family} on {self.plan.disk_backend}, {size(self.plan.streamed_nbytes_per_pass)} read a pass>"
 
     async def _open(self, port: Port) -> None:
-        folder = locate(self.config.model_reference)
+        folder = await find(self.config.model_reference, self.config.models_dir, self.config.force_download)
         disk, reason = self._given_disk, "as given"
         if disk is None:
             disk, reason = open_disk(self.config.disk_backend, port, folder)
@@ -193,7 +195,9 @@ class Runtime:
         found = await survey(self.config, folder, disk, reason)
         self.text, self.plan, self._family = found.text, found.plan, found.family
         family, plan = found.family, found.plan
-        weights = Weights(found.pieces, plan.pinned, plan.ring_nbytes, family.dtype, disk, self.trace)
+        weights = Weights(found.pieces, plan.pinned, plan.ring_nbytes, disk, self.trace)
+        experts = ExpertCache(found.experts, plan.expert_slots, plan.expert_slot_nbytes, disk, self.trace)
+        self._cleanup.callback(experts.forget)
         self.cache = await open_cache(self.config, plan, folder, family, found.checkpoint, disk, self.trace)
         self._cleanup.callback(self.cache.pool.forget)
         self._cleanup.push_async_callback(_shielded, self.cache.aclose)
@@ -206,7 +210,7 @@ class Runtime:
         self._cleanup.callback(embedding.forget)
         if "pinned embedding" in plan.ledger:
             await embedding.pin()
-        model = Model(family, weights, norm, self.cache, plan.chunk_rows, self.trace, port.post)
+        model = Model(family, weights, experts, norm, self.cache, plan.chunk_rows, self.trace, port.post)
         limits = Limits(plan.max_rows, plan.max_concurrent_requests, plan.max_answers, plan.max_context_tokens)
         self.engine = Engine(model, embedding, compute, limits)
         self._group.start_soon(self.engine.run)

@@ -11,18 +11,18 @@ import anyio.to_thread
 import psutil
 
 from .checkpoint import Checkpoint, open_checkpoint, read_json
-from .demo import MODEL as DEMO
 from .disk.base import Disk
 from .errors import ModelError
+from .experts import Key
 from .families import FAMILIES
 from .families.base import Family
 from .plan import RuntimePlan, make_plan
 from .probe import free_memory
 from .settings import RuntimeConfig
 from .text import Text
-from .weights import Piece, check_shape, dtype_of, pieces_of
+from .weights import Piece, check_shape, dtype_of, expert_pieces, pieces_of
 
-ALIASES: dict[str, Path] = {"demo": DEMO}
+EMBEDDING = "embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,7 @@ class Survey:
     checkpoint: Checkpoint
     family: Family
     pieces: Sequence[Piece]
+    experts: Mapping[Key, Piece]
     plan: RuntimePlan
 
 
@@ -45,24 +46,12 @@ async def survey(config: RuntimeConfig, folder: Path, disk: Disk, reason: str) -
     text = await anyio.to_thread.run_sync(Text.load, folder)
     checkpoint = await open_checkpoint(folder, disk)
     family = build_family(described, checkpoint)
-    pieces = pieces_of(family, checkpoint)
+    pieces = await anyio.to_thread.run_sync(pieces_of, family, checkpoint)
+    experts = await anyio.to_thread.run_sync(expert_pieces, family, checkpoint)
     in_use = psutil.Process().memory_info().rss
     memory = config.memory or in_use + int(free_memory() * 0.9)
-    plan = make_plan(config, str(described["model_type"]), family, pieces, memory, in_use, (disk.name, reason))
-    return Survey(text, checkpoint, family, pieces, plan)
-
-
-def locate(reference: str) -> Path:
-    """The folder of a model's reference; `ModelError` when there is none."""
-    try:
-        folder = ALIASES.get(reference) or Path(reference).expanduser()
-        found, exists = folder.is_dir(), folder.exists()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ModelError(f"{reference[:200]!r} is not a path that can be looked up ({error}); give the folder of a model") from error
-    if not found:
-        what = "is a file, not a folder" if exists else "does not exist"
-        raise ModelError(f"{reference} {what}; give the folder of a model (config.json and *.safetensors), or one of: {', '.join(ALIASES)}")
-    return folder
+    plan = make_plan(config, str(described["model_type"]), family, pieces, experts, memory, in_use, (disk.name, reason))
+    return Survey(text, checkpoint, family, pieces, experts, plan)
 
 
 def build_family(config: Mapping[str, Any], checkpoint: Checkpoint) -> Family:
@@ -70,9 +59,9 @@ def build_family(config: Mapping[str, Any], checkpoint: Checkpoint) -> Family:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ModelError(f"config.json: model_type {kind!r} is not known; known are {', '.join(FAMILIES)}")
-    entry = next((checkpoint[name] for name in checkpoint.tensors if name.endswith("embed_tokens.weight")), None)
+    entry = next((checkpoint[name] for name in checkpoint.tensors if name.endswith(EMBEDDING)), None)
     if entry is None:
-        raise ModelError("the checkpoint has no embedding table (…embed_tokens.weight); it is not a whole model")
-    family = FAMILIES[kind](config, dtype_of(entry))
+        raise ModelError(f"the checkpoint has no embedding table (…{EMBEDDING}); it is not a whole model")
+    family = FAMILIES[kind](config, dtype_of(entry), entry.name.removesuffix(EMBEDDING))
     check_shape(checkpoint[family.embedding], (family.vocabulary, family.hidden))
     return family

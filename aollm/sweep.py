@@ -6,7 +6,7 @@ yields to the event loop, and is resumed with it. It refuses to know how request
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -17,10 +17,12 @@ from torch import Tensor
 
 from .batch import Batch, Segment
 from .errors import StoreError
-from .families.base import Angles, Attend, Family, Recall, Step
+from .experts import ExpertCache
+from .families.base import Angles, Attend, Family, Params, Recall, Step
 from .itinerary import itinerary
 from .maths.attention import BLOCK, Attention, Block
 from .maths.layers import linear
+from .mixing import Arrive, Fetch, mix
 from .stores.cache import Cache
 from .stores.cell import Cell
 from .stores.records import Loaded
@@ -60,15 +62,16 @@ class Room:
     rows: int
 
 
-Wait = Load | Leave | Gather | Room
+Wait = Load | Leave | Gather | Room | Fetch | Arrive
 
 
 @dataclass(frozen=True)
 class Model:
-    """What every pass uses: the family, its weights, the last norm, the KV cache, and how many rows are computed at a time."""
+    """What every pass uses: the family, its weights and experts, the last norm, the KV cache, and how many rows are computed at a time."""
 
     family: Family
     weights: Weights
+    experts: ExpertCache
     norm: Tensor
     cache: Cache
     chunk_rows: int
@@ -80,7 +83,7 @@ class Model:
 def sweep(model: Model, batch: Batch, x: Tensor) -> Generator[Wait, Any, tuple[Batch, Tensor]]:
     """Run rows x [T, hidden] through all pieces. Returns who stayed to the end and the logits [N, vocabulary] of those
     segments whose input ended, in order."""
-    angles = batch.angles(model.family)
+    x, angles = model.family.begin(x), batch.angles(model.family)
     logits = last = torch.empty(0)
     for index, piece in enumerate(model.weights.pieces):
         if batch.leaving and (piece.step is not None or batch.all_leaving):
@@ -104,7 +107,8 @@ def sweep(model: Model, batch: Batch, x: Tensor) -> Generator[Wait, Any, tuple[B
                     last = model.family.finish(x[ends], model.norm)  # [N, hidden]
                     logits = x.new_empty(len(ends), model.family.vocabulary)
                 if len(logits):
-                    logits[:, piece.first_row : piece.first_row + len(weights["head"])] = linear(last, weights["head"])
+                    head = weights["head"]
+                    logits[:, piece.first_row : piece.first_row + head.shape[0]] = linear(last, head)
         finally:
             if lease is not None:
                 model.post(lease.release)
@@ -131,18 +135,18 @@ def _computed(piece: Piece, batch: Batch, start: float) -> Event:
     return Event("compute", start, perf_counter(), piece.layer, rows=len(batch), label=piece.label)
 
 
-def _step(
-    model: Model, step: Step, weights: Mapping[str, Tensor], batch: Batch, x: Tensor, angles: Angles
-) -> Generator[Wait, Any, Tensor]:  # fmt: skip
+def _step(model: Model, step: Step, weights: Params, batch: Batch, x: Tensor, angles: Angles) -> Generator[Wait, Any, Tensor]:
     """One step for all rows, `chunk_rows` at a time: what the step needs besides x does not grow with the prompt."""
     rows = x.shape[0]
     if step.attends is not None and model.cache.pressed(rows):
         yield Room(rows)
     promoted: list[tuple[Cell, Cell]] = []
-    for first in range(0, rows, model.chunk_rows):
-        cut = slice(first, first + model.chunk_rows)
-        work = step.run(weights, x[cut], tuple(kind[cut] for kind in angles))
-        answer: Tensor | None = None
+    cuts = [slice(first, min(first + model.chunk_rows, rows)) for first in range(0, rows, model.chunk_rows)]
+    works = [step.run(weights, x[cut], tuple(kind[cut] for kind in angles)) for cut in cuts]
+    answers: list[Tensor | None] = [None] * len(works)
+    if step.experts is not None:
+        answers = [*(yield from mix(step, works, model.post, model.experts.release))]
+    for cut, work, answer in zip(cuts, works, answers, strict=True):
         while True:
             try:
                 effect = next(work) if answer is None else work.send(answer)
@@ -153,10 +157,9 @@ def _step(
                     x[cut] = done.value
                 break
             if isinstance(effect, Attend):
-                kept = promoted if first + model.chunk_rows >= rows else None
-                answer = yield from _attend(model, effect, batch, first, kept)
-            else:
-                answer = _carry(effect, batch, first)
+                answer = yield from _attend(model, effect, batch, cut.start, promoted if cut.stop == rows else None)
+            elif isinstance(effect, Recall):
+                answer = _carry(effect, batch, cut.start)
     if step.attends is not None and model.cache.records is not None:
         stores = [segment.store for segment in batch.segments]
         model.post(partial(model.cache.settle, step.attends, stores, promoted))

@@ -17,28 +17,28 @@ from typing import Self
 import anyio
 import anyio.to_thread
 import torch
-from torch import Tensor
 
 from .ahead import Ahead
 from .buffers import PAGE, Arena, Lease, Ring, pages
 from .checkpoint import Checkpoint, TensorEntry
-from .disk.base import Disk, Extent, Span
+from .disk.base import Disk, Extent
 from .errors import CheckpointError, ModelError, first_of
-from .families.base import Family, Need, Step
-from .trace import Event, Trace
+from .families.base import Family, Need, Params, Step
+from .trace import Event, EventName, Trace
 
 LINE = 64
 """Bytes of a cache line."""
-DTYPES: dict[str, torch.dtype] = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+DTYPES: dict[str, torch.dtype] = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
 
 
 @dataclass(frozen=True, slots=True)
 class Param:
-    """Where a parameter lies in its piece's memory."""
+    """Where a parameter lies in its piece's memory, as what it is stored, and as what it is computed with."""
 
     offset: int
-    dtype: torch.dtype
+    stored: torch.dtype
     shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +80,44 @@ def pieces_of(family: Family, checkpoint: Checkpoint) -> tuple[Piece, ...]:
 
 
 def step_piece(step: Step, checkpoint: Checkpoint, dtype: torch.dtype) -> Piece:
-    """The layout of one step's weights."""
-    groups = [(name, need, [checkpoint[tensor] for tensor in need.tensors]) for name, need in step.params.items()]
+    """The layout of one step's weights, those of its experts left out."""
+    return _piece(f"layer {step.layer} {step.name}", step, step.params, checkpoint, dtype)
+
+
+def expert_pieces(family: Family, checkpoint: Checkpoint) -> dict[tuple[int, int], Piece]:
+    """The experts of all layers, by layer and number; one read each where their tensors lie side by side."""
+    return {
+        (step.layer, number): _piece(f"layer {step.layer} expert {number}", step, step.experts.params(number), checkpoint, family.dtype)
+        for step in family.steps
+        if step.experts is not None
+        for number in range(step.experts.count)
+    }
+
+
+def views(piece: Piece, arena: Arena, at: int) -> Params:
+    """The parameters of a piece that was read to offset `at`."""
+    return Params(
+        {name: arena.tensor(at + param.offset, param.stored, param.shape).to(param.dtype) for name, param in piece.params.items()}
+    )
+
+
+def _piece(label: str, step: Step, needs: Mapping[str, Need], checkpoint: Checkpoint, dtype: torch.dtype) -> Piece:
+    groups = [(name, need, [_entry(checkpoint, tensor, need) for tensor in need.tensors]) for name, need in needs.items()]
     params: dict[str, Param] = {}
     reads: list[tuple[Extent, int]] = []
     end = 0
-    for name, need, entries in sorted(groups, key=lambda group: group[2][0].extent.offset):
+    for name, need, entries in sorted(groups, key=lambda group: (group[2][0].extent.file, group[2][0].extent.offset)):
         offset = _aligned(end, entries[0].extent, reads[-1] if reads else None)
-        params[name] = Param(offset, _stacked_dtype(entries, need, dtype), need.shape)
+        params[name] = Param(offset, _stacked_dtype(entries, need, dtype), need.shape, need.dtype or dtype)
         for entry in entries:
             _append(reads, entry.extent, offset)
             offset += entry.extent.nbytes
         end = offset
-    return Piece(f"layer {step.layer} {step.name}", step.layer, pages(end), tuple(reads), params, step)
+    return Piece(label, step.layer, pages(end), tuple(reads), params, step)
+
+
+def _entry(checkpoint: Checkpoint, tensor: str, need: Need) -> TensorEntry:
+    return checkpoint[tensor] if need.row is None else checkpoint.row(tensor, need.row)
 
 
 def pinned_nbytes(piece: Piece) -> int:
@@ -101,7 +126,7 @@ def pinned_nbytes(piece: Piece) -> int:
 
 
 def dtype_of(entry: TensorEntry) -> torch.dtype:
-    """The torch dtype of a tensor; `ModelError` for one that is not computed with."""
+    """The torch dtype of a tensor; `ModelError` for one that is not read."""
     if entry.dtype not in DTYPES:
         raise ModelError(f"{entry.name} is stored as {entry.dtype}; weights of {', '.join(DTYPES)} can be streamed")
     return DTYPES[entry.dtype]
@@ -118,17 +143,14 @@ def check_shape(entry: TensorEntry, shape: tuple[int, ...]) -> None:
 class Weights:
     """The pieces of one model on one disk: `pinned` ones stay, the rest stream round and round, ahead of need."""
 
-    def __init__(
-        self, pieces: Sequence[Piece], pinned: frozenset[int], ring_nbytes: int, dtype: torch.dtype, disk: Disk, trace: Trace
-    ) -> None:
+    def __init__(self, pieces: Sequence[Piece], pinned: frozenset[int], ring_nbytes: int, disk: Disk, trace: Trace) -> None:
         self.pieces = pieces
-        self._dtype = dtype
         self.streamed = [i for i in range(len(pieces)) if i not in pinned]
         self._disk, self._trace = disk, trace
         self._pinned = pinned
         self.ring = Ring(ring_nbytes if self.streamed else PAGE)
-        self._kept: dict[int, Mapping[str, Tensor]] = {}
-        self._ahead: Ahead[int, Mapping[str, Tensor]] | None = None
+        self._kept: dict[int, Params] = {}
+        self._ahead: Ahead[int, Params] | None = None
 
     async def pin(self) -> None:
         """Load what stays."""
@@ -164,11 +186,11 @@ class Weights:
         self._kept.clear()
         self.ring = Ring(PAGE)
 
-    def pinned(self, index: int) -> Mapping[str, Tensor] | None:
+    def pinned(self, index: int) -> Params | None:
         """The parameters of a piece that is kept in memory, else None."""
         return self._kept.get(index)
 
-    async def next(self) -> tuple[Mapping[str, Tensor], Lease]:
+    async def next(self) -> tuple[Params, Lease]:
         """The parameters of the next streamed piece, and the lease to release when they have been used."""
         assert self._ahead is not None
         return await self._ahead.next()
@@ -191,48 +213,49 @@ class Weights:
     async def _pin(self, index: int) -> None:
         piece = self.pieces[index]
         arena = Arena(pinned_nbytes(piece), huge=False)  # small pages and whole cache lines: read a fifth faster than otherwise
-        await self._read(piece, arena, 0)
+        await read_piece(piece, arena, 0, "layer_load", self._disk, self._trace)
         largest = max(piece.params.values(), key=lambda param: math.prod(param.shape))
         shift = -largest.offset % LINE
         if shift:
             await anyio.to_thread.run_sync(arena.move, 0, shift, piece.nbytes)
-        self._kept[index] = self._views(piece, arena, shift)
+        self._kept[index] = views(piece, arena, shift)
 
-    async def _stream(self, index: int, lease: Lease) -> Mapping[str, Tensor]:
-        await self._read(self.pieces[index], self.ring.arena, lease.offset)
-        return self._views(self.pieces[index], self.ring.arena, lease.offset)
+    async def _stream(self, index: int, lease: Lease) -> Params:
+        await read_piece(self.pieces[index], self.ring.arena, lease.offset, "layer_load", self._disk, self._trace)
+        return views(self.pieces[index], self.ring.arena, lease.offset)
 
-    def _views(self, piece: Piece, arena: Arena, at: int) -> Mapping[str, Tensor]:
-        return {name: arena.tensor(at + param.offset, param.dtype, param.shape).to(self._dtype) for name, param in piece.params.items()}
 
-    async def _read(self, piece: Piece, arena: Arena, at: int) -> None:
-        start = perf_counter()
-        extents = [extent for extent, _ in piece.reads]
-        span: Span = await self._disk.read_into(
-            extents, [arena.bytes[at + offset : at + offset + extent.nbytes] for extent, offset in piece.reads]
-        )
-        self._trace.add(
-            Event("safetensor_pread", span.start, span.end, piece.layer, nbytes=piece.read_nbytes, path="safetensor-io", label=piece.label)
-        )
-        self._trace.add(Event("layer_load", start, perf_counter(), piece.layer, nbytes=piece.read_nbytes, label=piece.label))
+async def read_piece(piece: Piece, arena: Arena, at: int, event: EventName | None, disk: Disk, trace: Trace) -> None:
+    """Read a piece to offset `at` of `arena`; `event` is what else than a read it is noted as."""
+    start = perf_counter()
+    extents = [extent for extent, _ in piece.reads]
+    span = await disk.read_into(extents, [arena.bytes[at + offset : at + offset + extent.nbytes] for extent, offset in piece.reads])
+    nbytes = piece.read_nbytes
+    trace.add(Event("safetensor_pread", span.start, span.end, piece.layer, nbytes=nbytes, path="safetensor-io", label=piece.label))
+    if event is not None:
+        trace.add(Event(event, start, perf_counter(), piece.layer, nbytes=nbytes, label=piece.label))
 
 
 def _head_piece(table: TensorEntry, first: int, rows: int, row_nbytes: int, hidden: int) -> Piece:
     extent = Extent(table.extent.file, table.extent.offset + first * row_nbytes, rows * row_nbytes)
     offset = _aligned(0, extent, None)
-    param = Param(offset, dtype_of(table), (rows, hidden))
+    param = Param(offset, dtype_of(table), (rows, hidden), dtype_of(table))
     return Piece(f"head from row {first}", -1, pages(offset + extent.nbytes), ((extent, offset),), {"head": param}, None, first)
 
 
 def _stacked_dtype(entries: Sequence[TensorEntry], need: Need, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that all of a parameter's tensors have: the model's, but for norms and biases, which are converted on arrival."""
+    """The dtype that all of a parameter's tensors are stored as: the model's, but for norms, biases and what a family names a
+    dtype for, which are converted on arrival."""
     first, found = entries[0], dtype_of(entries[0])
     if sum(entry.shape[0] for entry in entries if entry.shape) != need.shape[0] or any(
         entry.shape[1:] != need.shape[1:] for entry in entries
     ):
         names = " + ".join(f"{entry.name} {list(entry.shape)}" for entry in entries)
         raise CheckpointError(f"{names} do not make up {list(need.shape)}, which config.json asks for; the two belong to different models")
-    if any(entry.dtype != first.dtype for entry in entries) or (found != dtype and len(need.shape) > 1):
+    if (found == torch.uint8) != (need.dtype == torch.uint8):
+        raise ModelError(f"{first.name} is stored as {first.dtype}, which is not what config.json says of its quantization")
+    mixed = any(entry.dtype != first.dtype for entry in entries)
+    if mixed or (found != dtype and len(need.shape) > 1 and need.dtype is None):
         raise ModelError(f"{first.name} is stored as {first.dtype} where others are not; weights of mixed dtypes are not supported")
     return found
 

@@ -16,11 +16,11 @@ PACKAGE = Path(aollm.__file__).parent
 ROWS = [
     "errors trace port",
     "disk",
-    "buffers ahead probe checkpoint fingerprint",
+    "buffers ahead probe tensors checkpoint fingerprint",
     "maths sampling compute",
     "families stores",
-    "placement weights embedding request batch itinerary drawing sweep gathering shift engine stream generic",
-    "demo text settings selector plan survey kv session runtime",
+    "placement weights experts adapters mixing embedding request batch itinerary drawing sweep gathering shift engine stream generic",
+    "demo text media settings hub download reference selector plan survey export kv session runtime",
     "terminal lanes meter client inference server bench commands cli __main__",
 ]
 ORDER = [room for row in ROWS for room in row.split()]

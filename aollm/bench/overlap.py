@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from ..reference import find
 from ..runtime import Runtime
 from ..settings import RuntimeConfig
-from ..survey import locate
 from .drive import Drive
 from .interval import Interval, interval_of
 from .machine import machine_card
@@ -63,7 +63,7 @@ class Work:
 
 async def overlap(work: Work, say: Callable[[str], None]) -> tuple[dict[str, Any], Interval]:
     """Measure, and return the result and the lanes of the last pass. Raises what `Runtime.open` and `Runtime.stream` do."""
-    config, folder = work.config, locate(work.model)
+    config, folder = work.config, await find(work.model)
     drive = Drive(folder, work.disk_backend)
     await drive.probe()
     async with Runtime.open(config) as runtime:

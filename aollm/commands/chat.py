@@ -17,14 +17,15 @@ from anyio.from_thread import BlockingPortal
 
 from ..errors import AollmError, ConfigError, RequestError
 from ..meter import Meter, amount, count, opening, reused
+from ..reference import locate
 from ..request import Token
 from ..runtime import Runtime
 from ..session import Session
 from ..settings import GenerationConfig, RuntimeConfig
 from ..stream import TokenStream
-from ..survey import locate
 from ..terminal import Row, Terminal
 from . import generation_config, runtime_config
+from .fetch import fetched
 from .transcript import Message, Transcript, load, save
 
 HELP = """\
@@ -49,6 +50,7 @@ def main(terminal: Terminal, options: Mapping[str, Any]) -> int:
     config = runtime_config(options)
     system = [{"role": "system", "content": options["system"]}] if "system" in options else []
     with anyio.from_thread.start_blocking_portal() as portal:
+        config = portal.call(fetched, terminal, config)
         runtime = portal.call(Runtime.open, config)
         terminal.status(lambda: opening(runtime))
         with portal.wrap_async_context_manager(runtime):

@@ -14,16 +14,19 @@ from ..meter import amount, rate, speed
 from ..plan import RuntimePlan
 from ..port import Port
 from ..probe import drive_speed
+from ..reference import find
 from ..settings import RuntimeConfig
 from ..stores.presets import PRESETS
-from ..survey import locate, survey
+from ..survey import survey
 from ..terminal import Terminal, spinner
 from . import runtime_config
+from .fetch import fetched
 
 
 def main(terminal: Terminal, options: Mapping[str, Any]) -> int:
     """Print the plan. Raises `AollmError` when the model cannot be used, or not in this memory."""
     config = runtime_config(options)
+    config = anyio.run(fetched, terminal, config)
     terminal.status(lambda: [[(f"{spinner()} ", "cyan"), ("reading headers and measuring the drive", "dim")]])
     plan, drive = anyio.run(_plan, config)
     terminal.status(None)
@@ -36,7 +39,7 @@ def main(terminal: Terminal, options: Mapping[str, Any]) -> int:
 
 async def _plan(config: RuntimeConfig) -> tuple[RuntimePlan, float | None]:
     """The plan, and the drive's speed in bytes per second if anything is to be streamed."""
-    folder = locate(config.model_reference)
+    folder = await find(config.model_reference, config.models_dir, config.force_download)
     async with Port() as port:
         disk, reason = open_disk(config.disk_backend, port, folder)
         try:

@@ -16,6 +16,7 @@ from ..runtime import Prompt, Runtime
 from ..settings import GenerationConfig, RuntimeConfig
 from ..terminal import Terminal
 from . import generation_config, runtime_config
+from .fetch import fetched
 
 
 def main(terminal: Terminal, options: Mapping[str, Any]) -> int:
@@ -75,7 +76,8 @@ class Answer:
 
 
 async def _answer(config: RuntimeConfig, prompt: Prompt, generation: GenerationConfig, answer: Answer, trace: str | None) -> None:
-    runtime, terminal = Runtime.open(config), answer.terminal
+    terminal = answer.terminal
+    runtime = Runtime.open(await fetched(terminal, config))
     stream = runtime.stream(prompt, generation)
     terminal.status(lambda: opening(runtime))
     async with runtime:

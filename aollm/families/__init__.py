@@ -10,4 +10,4 @@ import torch
 from .base import Family
 from .llama import VARIANTS, Llama
 
-FAMILIES: dict[str, Callable[[Mapping[str, Any], torch.dtype], Family]] = {model_type: Llama for model_type in VARIANTS}
+FAMILIES: dict[str, Callable[[Mapping[str, Any], torch.dtype, str], Family]] = {model_type: Llama for model_type in VARIANTS}

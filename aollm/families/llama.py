@@ -1,6 +1,6 @@
 """The llama family: pre-norm attention with rotary positions and grouped heads, and a gated MLP.
 
-Llama (Touvron et al., 2023; Grattafiori et al., 2024). Mistral, Qwen2 and Qwen3 dense differ by a row in `VARIANTS`.
+Llama (Touvron et al., 2023; Grattafiori et al., 2024). Mistral, Mixtral, Qwen2 and Qwen3 differ by a row in `VARIANTS`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from ..maths.layers import ACTIVATIONS, gated_mlp, linear, rms_norm
+from ..maths.layers import ACTIVATIONS, rms_norm
 from ..maths.rope import Rope, rotate
-from .base import Angles, Attend, KvShape, Need, Params, Step, Work, count, positive
+from .base import Angles, Attend, KvShape, Need, Params, Step, Work, count, gated_mlp, head_name, positive
+from .mixture import ExpertNames, Mixture
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,8 @@ class Variant:
     head_norms: bool = False
     window: Callable[[Mapping[str, Any], int], int | None] = lambda config, layer: None
     theta: float = 10_000.0
+    mixture: Callable[[Mapping[str, Any], int], Mixture | None] = lambda config, layer: None
+    """What a layer has in the place of its MLP."""
 
 
 def _mistral_window(config: Mapping[str, Any], layer: int) -> int | None:
@@ -50,18 +53,32 @@ def _qwen_window(config: Mapping[str, Any], layer: int) -> int | None:
     return window if kinds[layer] == "sliding_attention" else None
 
 
+def _mixtral_experts(config: Mapping[str, Any], layer: int) -> Mixture:
+    names = ExpertNames("block_sparse_moe.gate", "block_sparse_moe.experts", ("w1", "w3", "w2"))
+    return Mixture.from_config(config, names, "intermediate_size", renormalise=True)
+
+
+def _qwen_experts(config: Mapping[str, Any], layer: int) -> Mixture | None:
+    dense, every = config.get("mlp_only_layers") or [], count(config, "decoder_sparse_step", 1, most=4096)
+    if layer in dense or (layer + 1) % every:
+        return None
+    return Mixture.from_config(config, ExpertNames(), "moe_intermediate_size", renormalise=bool(config.get("norm_topk_prob", False)))
+
+
 VARIANTS: dict[str, Variant] = {
     "llama": Variant(),
     "mistral": Variant(qkv_bias=False, window=_mistral_window),
+    "mixtral": Variant(qkv_bias=False, window=_mistral_window, theta=1_000_000.0, mixture=_mixtral_experts),
     "qwen2": Variant(qkv_bias=True, window=_qwen_window),
     "qwen3": Variant(head_norms=True, window=_qwen_window),
+    "qwen3_moe": Variant(head_norms=True, window=_qwen_window, mixture=_qwen_experts),
 }
 
 
 class Llama:
-    """Sizes and steps of one model; `config` is its `config.json`, `dtype` that of its weights."""
+    """Sizes and steps of one model; `config` is its `config.json`, `dtype` that of its weights, `prefix` what their names begin with."""
 
-    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype, prefix: str = "model.") -> None:
         variant = VARIANTS[config["model_type"]]
         self.hidden = count(config, "hidden_size")
         self.vocabulary = count(config, "vocab_size")
@@ -80,8 +97,9 @@ class Llama:
         self.act = ACTIVATIONS[act]
         self.rope = Rope.from_config(config, self.head_dim, variant.theta)
         self.dtype = dtype
-        self.embedding, self.norm = "model.embed_tokens.weight", "model.norm.weight"
-        self.head = self.embedding if config.get("tie_word_embeddings", False) else "lm_head.weight"
+        self.layers, self._prefix = layers, prefix
+        self.embedding, self.norm = f"{prefix}embed_tokens.weight", f"{prefix}norm.weight"
+        self.head = head_name(prefix, bool(config.get("tie_word_embeddings", False)))
         windows = tuple(variant.window(config, layer) for layer in range(layers))
         by_length = self.rope.depends_on_length
         self.kv = KvShape(
@@ -89,18 +107,23 @@ class Llama:
             shift=None if by_length else self.rope.shifted, depends_on_length=by_length,
         )  # fmt: skip
         bias = bool(config.get("attention_bias", False))
+        self.routed = 0
         self.steps: Sequence[Step] = tuple(
             step
             for layer in range(layers)
             for step in (
                 self._attention_step(layer, bias if variant.qkv_bias is None else variant.qkv_bias, bias, variant),
-                self._mlp_step(layer, bool(config.get("mlp_bias", False))),
+                self._mlp_step(layer, bool(config.get("mlp_bias", False)), variant.mixture(config, layer)),
             )
         )
 
     def angles(self, positions: Tensor, length: int) -> Angles:
         """Cosines and sines [T, 1, D/2]."""
         return self.rope.angles(positions, length, self.dtype)
+
+    def begin(self, x: Tensor) -> Tensor:
+        """Embeddings as they are."""
+        return x
 
     def finish(self, x: Tensor, norm: Tensor) -> Tensor:
         """The last norm."""
@@ -111,27 +134,26 @@ class Llama:
         item = self.dtype.itemsize
         norm = self.hidden * (8 + 3 * item)
         attention = (3 * self.heads + 4 * self.kv_heads) * self.head_dim * item + 2 * self.heads * self.head_dim * 4
-        return rows * (norm + max(attention, 4 * self.intermediate * item))
+        return rows * (norm + max(attention, 4 * max(self.intermediate, self.routed) * item))
 
     def attention(self, w: Params, x: Tensor, angles: Angles, layer: int) -> Work:
         """x + attention(norm(x))."""
         rows = x.shape[0]
-        qkv = linear(rms_norm(x, w["norm"], self.eps), w["qkv"], w.get("qkv_bias"))  # [T, (H + 2 K) D]
+        qkv = w.linear("qkv", rms_norm(x, w["norm"], self.eps))  # [T, (H + 2 K) D]
         qk, v = qkv.view(rows, -1, self.head_dim).split_with_sizes((self.heads + self.kv_heads, self.kv_heads), dim=1)
         if "q_norm" in w:
             qk = torch.cat((rms_norm(qk[:, : self.heads], w["q_norm"], self.eps), rms_norm(qk[:, self.heads :], w["k_norm"], self.eps)), 1)
         q, k = rotate(qk, *angles).split_with_sizes((self.heads, self.kv_heads), dim=1)  # [T, H, D], [T, K, D]
         o = yield Attend(layer, q, k, v, self.head_dim**-0.5)  # [T, H, D]
-        return x + linear(o.reshape(rows, -1), w["o"], w.get("o_bias"))
+        return x + w.linear("o", o.reshape(rows, -1))
 
     def mlp(self, w: Params, x: Tensor, angles: Angles) -> Work:
         """x + mlp(norm(x))."""
         yield from ()
-        h = rms_norm(x, w["norm"], self.eps)
-        return x + gated_mlp(h, w["gate_up"], w["down"], self.act, (w.get("gate_up_bias"), w.get("down_bias")))
+        return x + gated_mlp(w, rms_norm(x, w["norm"], self.eps), self.act)
 
     def _attention_step(self, layer: int, qkv_bias: bool, o_bias: bool, variant: Variant) -> Step:
-        at = f"model.layers.{layer}"
+        at = f"{self._prefix}layers.{layer}"
         wide, stacked = self.heads * self.head_dim, (self.heads + 2 * self.kv_heads) * self.head_dim
         params = {
             "norm": Need((self.hidden,), (f"{at}.input_layernorm.weight",)),
@@ -146,8 +168,11 @@ class Llama:
             params["o_bias"] = Need((self.hidden,), (f"{at}.self_attn.o_proj.bias",))
         return Step(layer, "attention", params, partial(self.attention, layer=layer), attends=layer)
 
-    def _mlp_step(self, layer: int, bias: bool) -> Step:
-        at, wide = f"model.layers.{layer}", self.intermediate
+    def _mlp_step(self, layer: int, bias: bool, mixture: Mixture | None) -> Step:
+        at, wide = f"{self._prefix}layers.{layer}", self.intermediate
+        if mixture is not None:
+            self.routed = max(self.routed, mixture.top * mixture.intermediate)
+            return mixture.step(layer, at, partial(rms_norm, eps=self.eps), self.act)
         params = {
             "norm": Need((self.hidden,), (f"{at}.post_attention_layernorm.weight",)),
             "gate_up": Need((2 * wide, self.hidden), (f"{at}.mlp.gate_proj.weight", f"{at}.mlp.up_proj.weight")),

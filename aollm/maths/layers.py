@@ -25,14 +25,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * functional.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype)
 
 
-def gated_mlp(
-    x: Tensor, gate_up: Tensor, down: Tensor, act: Callable[[Tensor], Tensor], biases: tuple[Tensor | None, Tensor | None] = (None, None)
-) -> Tensor:
-    """act(x gateᵀ) · (x upᵀ) downᵀ, with gate and up stacked as gate_up [2 F, hidden]: one product reads both."""
-    gate, up = linear(x, gate_up, biases[0]).chunk(2, dim=-1)
-    return linear(act(gate).mul_(up), down, biases[1])
-
-
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "swish": functional.silu,
