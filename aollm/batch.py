@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .errors import StoreError
 from .families.base import Angles, Family
+from .item import Item
 from .request import Answer, Request
 from .stores.store import Store
 
@@ -31,6 +32,16 @@ class Segment:
         """A block of its history cannot be read: it leaves the pass, and goes back to where the history is whole."""
         if self.missed is None or position < self.missed:
             self.missed, self.reason = position, reason
+
+    @property
+    def items(self) -> list[Item]:
+        """The images and sounds that have rows among its own."""
+        return [item for item in self.answer.request.items if item.first < self.start + self.rows and item.end > self.start]
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Ranges of positions that see each other in both directions."""
+        return [(item.first, item.end) for item in self.items if item.both_ways]
 
     @property
     def leaves(self) -> bool:
@@ -55,6 +66,8 @@ class Batch:
         """`parts` are answers, their stores, and how many of their pending tokens ride along."""
         self.segments: list[Segment] = []
         self.ids: list[int] = []
+        self.inserts: list[tuple[int, Tensor]] = []
+        """Rows that take the place of embedded ones, and the first row that they take."""
         for answer, store, rows in parts:
             self.segments.append(Segment(answer, store, len(self.ids), rows, answer.position))
             self.ids.extend(answer.pending[:rows])
@@ -88,6 +101,23 @@ class Batch:
             for segment in self.segments
         ]
         return parts[0] if len(parts) == 1 else tuple(torch.cat(kind) for kind in zip(*parts, strict=True))
+
+    def cuts(self, most: int) -> list[slice]:
+        """The rows in chunks of at most `most`, cut where no rows are parted that see each other in both directions."""
+        spans = [
+            (segment.first + low - segment.start, segment.first + high - segment.start)
+            for segment in self.segments
+            for low, high in segment.spans
+        ]
+        cuts, first = list[slice](), 0
+        while first < len(self):
+            last = min(first + most, len(self))
+            for low, high in spans:
+                if low < last < high:
+                    last = low if low > first else high
+            cuts.append(slice(first, last))
+            first = last
+        return cuts
 
     def within(self, first: int, last: int) -> Iterator[tuple[Segment, int, int, int]]:
         """The segments that have rows in [first, last), as `Segment.within` tells them."""

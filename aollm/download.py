@@ -121,19 +121,20 @@ class Tally:
 class Partial:
     """A file that is arriving, and the digest of what is there of it."""
 
-    def __init__(self, out: BinaryIO, file: RemoteFile, tally: Tally) -> None:
-        """Go on with what `out` has, if that can be a beginning of `file`."""
+    def __init__(self, out: BinaryIO, file: RemoteFile, tally: Tally, stop: threading.Event) -> None:
+        """Go on with what `out` has, if that can be a beginning of `file`; it is read to the end unless `stop` is set."""
         self._out, self._file, self._tally = out, file, tally
         self._begin()
         if out.seek(0, os.SEEK_END) > file.nbytes:
             out.truncate(0)
         out.seek(0)
-        while data := out.read(1 << 20):
+        while not stop.is_set() and (data := out.read(1 << 20)):
             self._count(data)
 
     def append(self, data: bytes) -> None:
         """The next bytes. Raises `ModelError` when there are more than there should be."""
         if self.nbytes + len(data) > self._file.nbytes:
+            self.restart()
             raise ModelError(f"{self._file.name} is longer than the {self._file.nbytes} bytes that the Hub tells of; try again later")
         self._out.write(data)
         self._count(data)
@@ -187,8 +188,12 @@ def _fetch(file: RemoteFile, url: str, headers: Mapping[str, str], shelf: Shelf,
     partial = shelf.partial(file)
     partial.parent.mkdir(parents=True, exist_ok=True)
     with open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as out:
-        arriving = Partial(out, file, tally)
+        arriving = Partial(out, file, tally, stop)
+        resumed = arriving.nbytes > 0
         _receive(arriving, file, url, headers, stop)
+        if resumed and arriving.nbytes == file.nbytes and not arriving.sound:  # what was there before was of something else
+            arriving.restart()
+            _receive(arriving, file, url, headers, stop)
         if arriving.nbytes < file.nbytes:
             return False
         if not arriving.sound:

@@ -21,13 +21,16 @@ from .drawing import drawing, sample
 from .embedding import Embedding
 from .errors import AollmError, ModelError, RequestError, StoreError
 from .gathering import Gathering
+from .item import Item, whole
 from .maths.attention import BLOCK
 from .mixing import Arrive, Fetch
 from .request import Answer, Request
 from .sampling import Draw
 from .shift import shift
+from .stores.node import common, pack_ids
 from .stores.store import Store
 from .sweep import Gather, Leave, Load, Model, Room, Wait, sweep
+from .towers import Towers
 from .trace import Event
 
 CLOSED = "the runtime was closed before this request was answered"
@@ -55,10 +58,11 @@ class Limits:
 class Engine:
     """Serves requests with one model until it is cancelled."""
 
-    def __init__(self, model: Model, embedding: Embedding, compute: Compute, limits: Limits) -> None:
-        self._model, self._embedding, self._compute, self._limits = model, embedding, compute, limits
+    def __init__(self, model: Model, embedding: Embedding, towers: Towers, compute: Compute, limits: Limits) -> None:
+        self._model, self._embedding, self._towers, self._compute, self._limits = model, embedding, towers, compute, limits
         self._cache = model.cache
         self._cache.freed = self.wake
+        self._cache.compute = compute.run
         self._gathering = Gathering(model)
         self._inbox: deque[Request] = deque()
         self._riders: list[Request] = []
@@ -140,7 +144,7 @@ class Engine:
         start = perf_counter()
         tails = sum(min(segment.rows, BLOCK) for segment in batch.segments)
         await self._cache.turn(len(batch), tails)
-        x = await self._embedding.rows(batch.ids)
+        x = await self._rows(batch)
         self._model.trace.add(Event("stall", start, perf_counter(), label="embedding"))
         work = sweep(self._model, batch, x)
         reply: Any = None
@@ -161,6 +165,16 @@ class Engine:
             await self._model.weights.restart()
         self.passes += 1
         return stayed, logits
+
+    async def _rows(self, batch: Batch) -> Tensor:
+        """The rows that a pass begins with; those of images and sounds are noted, to take their places."""
+        vocabulary = self._model.family.vocabulary
+        for segment in batch.segments:
+            for item in segment.items:
+                rows = await self._towers.rows(item)
+                low, high = max(item.first, segment.start), min(item.end, segment.start + segment.rows)
+                batch.inserts.append((segment.first + low - segment.start, rows[low - item.first : high - item.first]))
+        return await self._embedding.rows([number if number < vocabulary else 0 for number in batch.ids])
 
     async def _emit(self, batch: Batch, draws: list[list[Draw] | AollmError]) -> None:
         """Move the answers on by their rows, and hand out what was sampled."""
@@ -224,7 +238,7 @@ class Engine:
             return
         answer.request.prefix_miss_reason = str(segment.reason)
         await self._cache.missed(store, segment.missed, segment.reason)
-        answer.resume(store.truncate(segment.missed))
+        answer.resume(unparted(store, store.truncate(segment.missed), answer.request.items))
 
     async def _joins(self, request: Request) -> bool:
         """Let the first in line ride, if there is room; it takes what is stored of its prompt along."""
@@ -240,7 +254,7 @@ class Engine:
         answer.store = store
         whole = len(request.prompt) - 1  # the last token's logits are wanted
         if store.ids:
-            answer.position = store.truncate(shared(store.ids, request.prompt[:whole]))
+            answer.position = store.truncate(common(pack_ids(store.ids), pack_ids(request.prompt[:whole])))
             try:
                 await self._cache.ready(store)
             except StoreError as error:
@@ -248,6 +262,7 @@ class Engine:
                 answer.position = store.truncate(answer.position // BLOCK * BLOCK)
         else:
             answer.position, request.prefix_miss_reason = await self._cache.adopt(store, request.prompt[:whole])
+        answer.position = unparted(store, answer.position, request.items)
         request.prefix_hit_tokens = answer.position
         answer.resume(answer.position)
         return True
@@ -278,6 +293,7 @@ class Engine:
             rows = min(len(answer.pending), room)
             if rows < len(answer.pending):  # cut where chunks are cut, so that results do not depend on it
                 rows = rows // self._model.chunk_rows * self._model.chunk_rows or rows
+                rows = whole(answer.position + rows, answer.request.items) - answer.position
             if rows:
                 parts.append((answer, rows))
                 room -= rows
@@ -312,6 +328,13 @@ class Engine:
         return f"<Engine {self.riders} riding, {self.waiting} waiting, {self.passes} passes>"
 
 
+def unparted(store: Store, position: int, items: Sequence[Item]) -> int:
+    """Have `store`, which has `position` tokens, go back to where no image is parted; returns where that is."""
+    while (cut := whole(position, items)) < position:
+        position = store.truncate(cut)
+    return position
+
+
 def _advance(work: Generator[Wait, Any, tuple[Batch, Tensor]], reply: Any) -> Wait | _Done:
     try:
         return work.send(reply)
@@ -319,11 +342,3 @@ def _advance(work: Generator[Wait, Any, tuple[Batch, Tensor]], reply: Any) -> Wa
         return _Done(done.value)
     except FOREIGN as error:
         raise ModelError(f"a layer could not be computed: {error}") from error
-
-
-def shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """Tokens that two sequences begin with alike."""
-    for count, (one, other) in enumerate(zip(first, second, strict=False)):
-        if one != other:
-            return count
-    return min(len(first), len(second))

@@ -84,7 +84,9 @@ async def snapshot(
             raise ModelError(f"{error}; without force_download, what is in {shelf.root} is used") from error
         if cached is not None and lacking == [TOKENIZERS[0]]:
             return cached  # its tokenizer may be of a kind that is not known here
-        what = f"{shelf.root} lacks {', '.join(lacking[:3])} of {repository}" if lacking else f"{repository} is not in {shelf.root}"
+        what = (
+            f"{shelf.root} lacks {', '.join(lacking[:3])} of {repository}" if lacking else f"{repository} is no folder, nor in {shelf.root}"
+        )
         how = f"run this again with the network, or copy there what `hf download {repository.name}` fetches elsewhere"
         raise ModelError(f"{error}; {what}: {how}") from error
     return await _complete(repository, listing, shelf, force, progress)
@@ -224,7 +226,8 @@ def _told(repository: Repository, url: str) -> Iterator[None]:
     import httpx2
     from huggingface_hub import errors
 
-    page = url.partition("/resolve/")[0]
+    page, _, within = url.partition("/resolve/")
+    later = "what has arrived is kept" if within else "or try again later"
     try:
         yield
     except errors.GatedRepoError as error:
@@ -243,9 +246,9 @@ def _told(repository: Repository, url: str) -> Iterator[None]:
         if code in (401, 403):
             how = f"ask for access at {page}, and log in with `hf auth login`"
             raise ModelError(f"the Hub refuses {repository.name} ({code}); if it is private or gated, {how}") from error
-        raise Unreachable(f"the Hub answered {code} for {page}; try again later, what has arrived is kept") from error
+        raise Unreachable(f"the Hub answered {code} for {page}; wait a while, {later}") from error
     except (httpx2.HTTPError, httpx2.InvalidURL, ConnectionError) as error:
-        raise Unreachable(f"{page} cannot be reached ({error}); check the network, what has arrived is kept") from error
+        raise Unreachable(f"{page} cannot be reached ({error}); check the network, {later}") from error
     except OSError as error:
         what = f"{error.filename or 'the folder for models'} cannot be written: {error.strerror or error}"
         raise ModelError(f"{repository}: {what}; make room or mend it, or give another folder as models_dir") from error

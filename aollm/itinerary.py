@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from .batch import Batch, Segment
 from .families.base import Family
 from .maths.attention import first_seen
-from .stores.cell import Cell, Run, runs
+from .stores.cell import Run, runs
 
 Part = tuple[Segment, int, int, int]
 """A segment's rows [low, high) of a chunk, and the position of the first."""
@@ -52,8 +52,8 @@ def reads(batch: Batch, family: Family, first_piece: int, chunk_rows: int, most:
         if step.attends is None:
             continue
         window = family.kv.window(step.attends, most)
-        for first in range(0, len(batch), chunk_rows):
-            parts = list(batch.within(first, first + chunk_rows))
+        for cut in batch.cuts(chunk_rows):
+            parts = list(batch.within(cut.start, cut.stop))
             for stop in itinerary(parts, step.attends, window, most_nbytes):
                 if stop.run.cold:
                     yield stop.run
@@ -61,6 +61,3 @@ def reads(batch: Batch, family: Family, first_piece: int, chunk_rows: int, most:
 
 def _name(run: Run) -> tuple[int, ...]:
     return tuple(map(id, run.cells))
-
-
-__all__ = ["Cell", "Part", "Stop", "itinerary", "reads"]

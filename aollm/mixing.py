@@ -46,19 +46,22 @@ class _Part:
         ends = counts.cumsum(0)
         self.spans = {number: (int(ends[number] - counts[number]), int(ends[number])) for number in counts.nonzero().flatten().tolist()}
 
-    def result(self, number: int, experts: Experts, weights: Params) -> tuple[Tensor, Tensor]:
+    def result(self, number: int, experts: Experts, weights: Params, beside: Params) -> tuple[Tensor, Tensor]:
         """An expert's weighed results, and the rows to add them to."""
         first, last = self.spans[number]
         places = self._order[first:last]
         rows = places // self._top
         picked = self.rows if len(self.rows) == 1 else self.rows[rows]
-        return rows, experts.run(weights, picked) * self._gates.flatten()[places, None].to(picked.dtype)
+        return rows, experts.run(picked, weights, number, beside) * self._gates.flatten()[places, None].to(picked.dtype)
 
 
 def mix(
-    step: Step, works: Sequence[Work], post: Callable[[Callable[[], object]], None], release: Callable[[int], None]
+    step: Step, beside: Params, works: Sequence[Work], post: Callable[[Callable[[], object]], None], release: Callable[[int], None]
 ) -> Generator[Fetch | Arrive, Any, list[Tensor]]:
-    """Run a step's chunks, each up to its `Mixed`; returns what each is to be answered with, [T, hidden]."""
+    """Run a step's chunks, each up to its `Mixed`; returns what each is to be answered with, [T, hidden].
+
+    `beside` are the step's own weights, `release(n)` says that the first n experts that came are not used any more.
+    """
     experts = step.experts
     assert experts is not None
     parts = [_Part(_expect(work, Route)) for work in works]
@@ -74,7 +77,7 @@ def mix(
     while at < len(order):
         arrived: list[Params] = yield Arrive()
         for number, weights in zip(order[at:], arrived, strict=False):
-            held += [(number, part, *part.result(number, experts, weights)) for part in parts if number in part.spans]
+            held += [(number, part, *part.result(number, experts, weights, beside)) for part in parts if number in part.spans]
             if rows > FEW_ROWS:
                 _add(held)
         at += len(arrived)

@@ -9,16 +9,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from .buffers import Ledger, pages, size
 from .errors import MemoryBudgetError
 from .experts import Key, slot_nbytes
-from .families.base import Family
+from .families.base import Family, Tower
 from .maths.attention import BLOCK
 from .placement import band, ring_nbytes, spread
 from .settings import MAX_ANSWERS, RuntimeConfig
 from .stores.pool import BlockPool
 from .stores.presets import PRESETS
 from .stores.record import record_nbytes
+from .towers import tower_ring_nbytes
 from .weights import Piece, pinned_nbytes
 
 CHUNK_ROWS = 512
@@ -26,6 +29,8 @@ CHUNK_ROWS = 512
 KV_SHARE, ACTIVATION_SHARE = 1 / 8, 1 / 16
 """Shares of the memory that go to KV and to rows under way when the caller does not say how many tokens there will be."""
 LEAST_RING = 256 << 10
+KEPT_ROWS = 2048
+"""Rows of images or sounds that are kept, or more if one can have more."""
 LEAST_SLOTS = 4
 """Experts that have room in any case: some are read while others are used."""
 RUN_NBYTES = 4 << 20
@@ -52,6 +57,8 @@ class RuntimePlan:
     pinned_nbytes: int
     streamed_nbytes_per_pass: int
     """Without experts, which are read when rows are routed to them."""
+    tower_kept_nbytes: int
+    """Rows of images or sounds that are kept for later passes and turns."""
     experts: int
     expert_slots: int
     """Experts that have room in memory at once."""
@@ -82,7 +89,7 @@ class RuntimePlan:
 
 def make_plan(
     config: RuntimeConfig, model_type: str, family: Family, pieces: Sequence[Piece], experts: Mapping[Key, Piece],
-    memory: int, in_use: int, disk: tuple[str, str],
+    tower: tuple[Tower | None, Sequence[Piece]], memory: int, in_use: int, disk: tuple[str, str],
 ) -> RuntimePlan:  # fmt: skip
     """Divide `memory` bytes, of which the process already has `in_use`. Raises `MemoryBudgetError` with the largest parts."""
     ledger = Ledger(memory)
@@ -105,6 +112,9 @@ def make_plan(
     ring = 0 if fits and kept is None else max(pages(ring_nbytes(sizes, config.prefetch_depth)), LEAST_RING)
     for name, nbytes in (("stream ring", ring), ("kv", kv_nbytes), ("activations", activations)):
         ledger.lines[name] = nbytes
+    item, kept_items = _tower(*tower, context)
+    if tower[0] is not None:
+        ledger.lines["towers"] = item + kept_items
     slots = min(len(experts), LEAST_SLOTS)
     if experts:
         ledger.lines["experts"] = slots * slot
@@ -131,7 +141,7 @@ def make_plan(
         weights_nbytes=sum(piece.read_nbytes for piece in pieces) + expert_nbytes,
         pinned_nbytes=sum(pieces[index].read_nbytes for index in pinned),
         streamed_nbytes_per_pass=sum(piece.read_nbytes for index, piece in enumerate(pieces) if index not in pinned),
-        experts=len(experts), expert_slots=slots, expert_slot_nbytes=slot,
+        tower_kept_nbytes=kept_items, experts=len(experts), expert_slots=slots, expert_slot_nbytes=slot,
         ring_nbytes=ring, kv_nbytes_per_token=family.kv.token_nbytes, kv_cache_strategy=config.kv_cache_strategy,
         kv_tokens=kv_tokens, kv_ring_nbytes=kv.ring_nbytes, max_context_tokens=context,
         max_concurrent_requests=config.max_concurrent_requests, max_answers=_answers(config), max_rows=max_rows, chunk_rows=chunk_rows,
@@ -188,6 +198,15 @@ def _rows(config: RuntimeConfig, family: Family, kv: KvShare, free: int) -> tupl
     rows = max(int(free * ACTIVATION_SHARE) // _row_nbytes(family), chunk, _answers(config))
     rows = max(min(rows, most), _answers(config))
     return (rows // chunk * chunk if rows > chunk else rows), min(chunk, rows)
+
+
+def _tower(tower: Tower | None, pieces: Sequence[Piece], context: int) -> tuple[int, int]:
+    """What a tower needs for its largest item in a prompt of `context` tokens, and what is set aside for rows that it has given."""
+    if tower is None:
+        return 0, 0
+    shape = tower.largest(context)
+    rows = max(tower.rows(torch.empty(shape, device="meta")), KEPT_ROWS)
+    return tower_ring_nbytes(pieces) + tower.activation_nbytes(shape), rows * tower.text_hidden * tower.dtype.itemsize
 
 
 def _answers(config: RuntimeConfig) -> int:

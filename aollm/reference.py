@@ -55,7 +55,9 @@ def locate(reference: str) -> Path | Repository:
         found, exists = folder.is_dir(), folder.exists()
         if alias is not None:  # a folder that happens to be called demo does not hide it, unless it is a model
             return folder if (folder / "config.json").is_file() else alias
-    except (OSError, RuntimeError, ValueError) as error:
+    except OSError as error:
+        raise ModelError(f"{reference[:200]!r} cannot be looked up ({error.strerror}); {_accepted(reference)}") from error
+    except (RuntimeError, ValueError) as error:
         raise ModelError(f"{reference[:200]!r} is not a path that can be looked up ({error}); {_accepted(reference)}") from error
     if found and reference:
         return folder

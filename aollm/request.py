@@ -14,6 +14,7 @@ from typing import Protocol
 import anyio
 
 from .errors import AollmError
+from .item import Item
 from .maths.attention import BLOCK
 from .sampling import Draw, Sampler
 from .stores.store import Store
@@ -107,6 +108,7 @@ class Request:
         self, number: int, prompt: Sequence[int], max_new_tokens: int, stop_ids: frozenset[int],
         samplers: Sequence[Sampler], decoders: Sequence[Decoder], wake: Callable[[], None],
         salt: str = "", session: Session | None = None, shift: str = "stop", keep_tokens: int = 0, context: int = 1 << 62,
+        items: Sequence[Item] = (), adapter: int | None = None,
     ) -> None:  # fmt: skip
         self.number = number
         self.prompt = list(prompt)
@@ -120,6 +122,10 @@ class Request:
         self.session = session
         self.shift = shift
         self.keep_tokens = keep_tokens
+        self.items = items
+        """Images and sounds, in the order of the prompt."""
+        self.adapter = adapter
+        """The number of the adapter that it is answered with, None for none."""
         self._context = context
         self.prefix_hit_tokens = 0
         self.prefix_miss_reason: str | None = None

@@ -41,6 +41,7 @@ from .stream import Choice, Completion, TokenStream, Usage
 from .survey import survey
 from .sweep import Model
 from .text import Text
+from .towers import Towers
 from .trace import Trace, profile
 from .weights import Weights, check_shape, dtype_of
 
@@ -193,7 +194,7 @@ class Runtime:
         compute = Compute(port, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
         self._cleanup.callback(compute.close)
         found = await survey(self.config, folder, disk, reason)
-        self.text, self.plan, self._family = found.text, found.plan, found.family
+        self.text, self.plan, self._family, self._tower = found.text, found.plan, found.family, found.tower
         family, plan = found.family, found.plan
         weights = Weights(found.pieces, plan.pinned, plan.ring_nbytes, disk, self.trace)
         experts = ExpertCache(found.experts, plan.expert_slots, plan.expert_slot_nbytes, disk, self.trace)
@@ -210,9 +211,12 @@ class Runtime:
         self._cleanup.callback(embedding.forget)
         if "pinned embedding" in plan.ledger:
             await embedding.pin()
-        model = Model(family, weights, experts, norm, self.cache, plan.chunk_rows, self.trace, port.post)
+        adapters = None
+        model = Model(family, weights, experts, norm, self.cache, adapters, plan.chunk_rows, self.trace, port.post)
         limits = Limits(plan.max_rows, plan.max_concurrent_requests, plan.max_answers, plan.max_context_tokens)
-        self.engine = Engine(model, embedding, compute, limits)
+        towers = Towers(found.tower_pieces, plan.tower_kept_nbytes, disk, compute, self.trace)
+        self._cleanup.callback(towers.forget)
+        self.engine = Engine(model, embedding, towers, compute, limits)
         self._group.start_soon(self.engine.run)
         self._group.start_soon(self.cache.run)
         self._opened = True

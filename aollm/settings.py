@@ -70,6 +70,7 @@ class RuntimeConfig(_Settings):
     A model of the Hub is downloaded into `models_dir`, None being huggingface_hub's own cache; what is whole there is not
     fetched again without `force_download`.
     `offload_cpu_layers` keeps just so many layers in memory, chosen by `offload_cpu_policy`; None keeps as much as fits.
+    Without `multimodal` a model's towers for images or sound are left out, and memory is not set aside for them.
     `expert_memory` bounds what experts may have of the memory; None is all that is left.
     `kv_cache_strategy` says where keys and values are kept, `kv_cache_memory` how much of the memory they may have,
     `kv_cache_lifecycle` whether they outlive the runtime, in `cache_dir`, within `kv_cache_max_bytes` and `kv_cache_max_age_s`.
@@ -86,6 +87,7 @@ class RuntimeConfig(_Settings):
     kv_cache_window_tokens: int | None = Field(None, ge=1)
     kv_cache_memory: Size | None = None
     expert_memory: Size | None = None
+    multimodal: bool = True
     kv_cache_max_bytes: Size | None = None
     kv_cache_max_age_s: float | None = Field(None, gt=0)
     cache_dir: Annotated[Path, BeforeValidator(_path)] = Field(default_factory=_cache_dir)

@@ -9,18 +9,19 @@ from typing import Any
 
 import anyio.to_thread
 import psutil
+import torch
 
 from .checkpoint import Checkpoint, open_checkpoint, read_json
 from .disk.base import Disk
 from .errors import ModelError
 from .experts import Key
-from .families import FAMILIES
-from .families.base import Family
+from .families import FAMILIES, TOWERS
+from .families.base import Family, Tower
 from .plan import RuntimePlan, make_plan
 from .probe import free_memory
 from .settings import RuntimeConfig
 from .text import Text
-from .weights import Piece, check_shape, dtype_of, expert_pieces, pieces_of
+from .weights import Piece, check_shape, dtype_of, expert_pieces, pieces_of, step_piece
 
 EMBEDDING = "embed_tokens.weight"
 
@@ -34,6 +35,8 @@ class Survey:
     family: Family
     pieces: Sequence[Piece]
     experts: Mapping[Key, Piece]
+    tower: Tower | None
+    tower_pieces: Sequence[Piece]
     plan: RuntimePlan
 
 
@@ -48,10 +51,14 @@ async def survey(config: RuntimeConfig, folder: Path, disk: Disk, reason: str) -
     family = build_family(described, checkpoint)
     pieces = await anyio.to_thread.run_sync(pieces_of, family, checkpoint)
     experts = await anyio.to_thread.run_sync(expert_pieces, family, checkpoint)
+    tower = await build_tower(folder, described, family.dtype, checkpoint) if config.multimodal else None
+    tower_pieces = [] if tower is None else [step_piece(step, checkpoint, tower.dtype) for step in tower.steps]
     in_use = psutil.Process().memory_info().rss
     memory = config.memory or in_use + int(free_memory() * 0.9)
-    plan = make_plan(config, str(described["model_type"]), family, pieces, experts, memory, in_use, (disk.name, reason))
-    return Survey(text, checkpoint, family, pieces, experts, plan)
+    plan = make_plan(
+        config, str(described["model_type"]), family, pieces, experts, (tower, tower_pieces), memory, in_use, (disk.name, reason)
+    )
+    return Survey(text, checkpoint, family, pieces, experts, tower, tower_pieces, plan)
 
 
 def build_family(config: Mapping[str, Any], checkpoint: Checkpoint) -> Family:
@@ -65,3 +72,13 @@ def build_family(config: Mapping[str, Any], checkpoint: Checkpoint) -> Family:
     family = FAMILIES[kind](config, dtype_of(entry), entry.name.removesuffix(EMBEDDING))
     check_shape(checkpoint[family.embedding], (family.vocabulary, family.hidden))
     return family
+
+
+async def build_tower(folder: Path, config: Mapping[str, Any], dtype: torch.dtype, checkpoint: Checkpoint) -> Tower | None:
+    """What takes the model's images or sounds, if it takes any and its weights are there."""
+    make = TOWERS.get(str(config.get("model_type")))
+    if make is None:
+        return None
+    file = folder / "preprocessor_config.json"
+    given = await read_json(file) if await anyio.to_thread.run_sync(file.exists) else {}
+    return make(config, dtype, checkpoint.tensors, given)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from .stores.records import Loaded
 from .stores.store import Store
 from .trace import Event, Trace
 from .weights import Piece, Weights
+
+if TYPE_CHECKING:
+    from .adapters import Adapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,7 @@ class Model:
     experts: ExpertCache
     norm: Tensor
     cache: Cache
+    adapters: Adapters | None
     chunk_rows: int
     trace: Trace
     post: Callable[[Callable[[], object]], None]
@@ -83,12 +87,14 @@ class Model:
 def sweep(model: Model, batch: Batch, x: Tensor) -> Generator[Wait, Any, tuple[Batch, Tensor]]:
     """Run rows x [T, hidden] through all pieces. Returns who stayed to the end and the logits [N, vocabulary] of those
     segments whose input ended, in order."""
-    x, angles = model.family.begin(x), batch.angles(model.family)
+    x, angles, mask = model.family.begin(x), batch.angles(model.family), _mask(model, batch)
+    for first, rows in batch.inserts:
+        x[first : first + len(rows)] = rows
     logits = last = torch.empty(0)
     for index, piece in enumerate(model.weights.pieces):
         if batch.leaving and (piece.step is not None or batch.all_leaving):
             stay, keep = batch.without_leaving()
-            x, angles = x[keep], tuple(kind[keep] for kind in angles)
+            x, angles, mask = x[keep], tuple(kind[keep] for kind in angles), None if mask is None else mask[keep]
             yield Leave(batch, stay, index)
             batch = stay
         if not batch.segments:
@@ -100,7 +106,7 @@ def sweep(model: Model, batch: Batch, x: Tensor) -> Generator[Wait, Any, tuple[B
         start = perf_counter()
         try:
             if piece.step is not None:
-                x, start = yield from _timed(model, piece, batch, _step(model, piece.step, weights, batch, x, angles))
+                x, start = yield from _timed(model, piece, batch, _step(model, piece.step, weights, batch, x, angles, mask))
             else:
                 if piece.first_row == 0:
                     ends = [segment.first + segment.rows - 1 for segment in batch.segments if segment.ends_input]
@@ -135,23 +141,25 @@ def _computed(piece: Piece, batch: Batch, start: float) -> Event:
     return Event("compute", start, perf_counter(), piece.layer, rows=len(batch), label=piece.label)
 
 
-def _step(model: Model, step: Step, weights: Params, batch: Batch, x: Tensor, angles: Angles) -> Generator[Wait, Any, Tensor]:
+def _step(
+    model: Model, step: Step, weights: Params, batch: Batch, x: Tensor, angles: Angles, mask: Tensor | None
+) -> Generator[Wait, Any, Tensor]:  # fmt: skip
     """One step for all rows, `chunk_rows` at a time: what the step needs besides x does not grow with the prompt."""
     rows = x.shape[0]
     if step.attends is not None and model.cache.pressed(rows):
         yield Room(rows)
     promoted: list[tuple[Cell, Cell]] = []
-    cuts = [slice(first, min(first + model.chunk_rows, rows)) for first in range(0, rows, model.chunk_rows)]
-    works = [step.run(weights, x[cut], tuple(kind[cut] for kind in angles)) for cut in cuts]
+    cuts = batch.cuts(model.chunk_rows)
+    works = [step.run(_adapted(model, step, weights, mask, cut), x[cut], tuple(kind[cut] for kind in angles)) for cut in cuts]
     answers: list[Tensor | None] = [None] * len(works)
     if step.experts is not None:
-        answers = [*(yield from mix(step, works, model.post, model.experts.release))]
+        answers = [*(yield from mix(step, weights, works, model.post, model.experts.release))]
     for cut, work, answer in zip(cuts, works, answers, strict=True):
         while True:
             try:
                 effect = next(work) if answer is None else work.send(answer)
             except StopIteration as done:
-                if rows <= model.chunk_rows:
+                if len(cuts) == 1:
                     x = done.value
                 else:
                     x[cut] = done.value
@@ -164,6 +172,18 @@ def _step(model: Model, step: Step, weights: Params, batch: Batch, x: Tensor, an
         stores = [segment.store for segment in batch.segments]
         model.post(partial(model.cache.settle, step.attends, stores, promoted))
     return x
+
+
+def _mask(model: Model, batch: Batch) -> Tensor | None:
+    if model.adapters is None:
+        return None
+    return model.adapters.mask([(segment.answer.request.adapter, segment.rows) for segment in batch.segments])
+
+
+def _adapted(model: Model, step: Step, weights: Params, mask: Tensor | None, cut: slice) -> Params:
+    if mask is None or model.adapters is None:
+        return weights
+    return weights.with_deltas(model.adapters.deltas(step, mask[cut]))
 
 
 def _attend(
@@ -179,7 +199,8 @@ def _attend(
     folds: list[Attention] = []
     for segment, low, high, position in parts:
         segment.store.append(layer, effect.keys[low:high], effect.values[low:high])
-        folds.append(Attention(effect.queries[low:high], position, effect.scale, window))
+        extra = {name: value for name, value in (("sinks", effect.sinks), ("spans", segment.spans)) if value}
+        folds.append(Attention(effect.queries[low:high], position, effect.scale, window, **extra))
     for stop in itinerary(parts, layer, window, cache.run_nbytes):
         if not stop.run.cold:
             (number,) = stop.users
@@ -229,11 +250,11 @@ def _fold(cell: Cell, store: Store, fold: Attention, loaded: tuple[Tensor, Tenso
 def _carry(effect: Recall, batch: Batch, first: int) -> Tensor:
     """Carry each segment's state along its rows, and keep it at the ends of blocks."""
     answers = []
-    for segment, low, high, position in batch.within(first, first + effect.rows.shape[0]):
+    for segment, low, high, position in batch.within(first, first + effect.rows[0].shape[0]):
         states, at = segment.store.states, low
         while at < high:
             end = min(high, at + BLOCK - (position + at - low) % BLOCK)
-            rows, state = effect.scan(effect.rows[at:end], states.get(effect.layer))
+            rows, state = effect.scan(tuple(kind[at:end] for kind in effect.rows), states.get(effect.layer))
             states.put(effect.layer, state, position + end - low)
             answers.append(rows)
             at = end

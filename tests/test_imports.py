@@ -19,7 +19,7 @@ ROWS = [
     "buffers ahead probe tensors checkpoint fingerprint",
     "maths sampling compute",
     "families stores",
-    "placement weights experts adapters mixing embedding request batch itinerary drawing sweep gathering shift engine stream generic",
+    "placement weights experts adapters item mixing towers embedding request batch itinerary drawing sweep gathering shift engine stream generic",
     "demo text media settings hub download reference selector plan survey export kv session runtime",
     "terminal lanes meter client inference server bench commands cli __main__",
 ]

@@ -29,10 +29,10 @@ pytestmark = pytest.mark.anyio
 HIDDEN, VOCABULARY = 8, 64
 
 
-def scan(decay: Tensor, rows: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+def scan(decay: Tensor, rows: tuple[Tensor, ...], state: Tensor | None) -> tuple[Tensor, Tensor]:
     """s = decay · s + row, row by row; returns every s, and the last one."""
     now, found = torch.zeros(HIDDEN) if state is None else state, []
-    for row in rows:
+    for row in rows[0]:
         now = decay * now + row
         found.append(now)
     return torch.stack(found), now
@@ -41,8 +41,8 @@ def scan(decay: Tensor, rows: Tensor, state: Tensor | None) -> tuple[Tensor, Ten
 class Toy:
     """A family of one attention, or none, between two recurrences."""
 
-    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype) -> None:
-        self.dtype, self.hidden, self.vocabulary, self.context = dtype, HIDDEN, VOCABULARY, 1 << 14
+    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype, prefix: str) -> None:
+        self.dtype, self.hidden, self.vocabulary, self.context, self.layers = dtype, HIDDEN, VOCABULARY, 1 << 14, 3
         self.embedding, self.head, self.norm = "embed_tokens.weight", "lm_head.weight", "norm.weight"
         attends = bool(config["attends"])
         self.kv = KvShape(int(attends), 1, HIDDEN, dtype, states=((HIDDEN,), (HIDDEN,)))
@@ -51,6 +51,9 @@ class Toy:
             *([Step(1, "attention", {"scales": Need((3, HIDDEN), ("attention.scales",))}, self.attend, attends=0)] if attends else []),
             Step(2, "last", {"decay": Need((HIDDEN,), ("last.decay",))}, partial(self.recur, layer=1)),
         )
+
+    def begin(self, x: Tensor) -> Tensor:
+        return x
 
     def angles(self, positions: Tensor, length: int) -> Angles:
         return ()
@@ -62,7 +65,7 @@ class Toy:
         return rows * HIDDEN * 40
 
     def recur(self, w: Params, x: Tensor, angles: Angles, layer: int) -> Work:
-        carried = yield Recall(layer, x, partial(scan, w["decay"].clone()))
+        carried = yield Recall(layer, (x,), partial(scan, w["decay"].clone()))
         return x + carried.tanh()
 
     def attend(self, w: Params, x: Tensor, angles: Angles) -> Work:
@@ -90,12 +93,12 @@ class Plain:
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         x = self.w["embed_tokens.weight"][list(ids)]
-        x = x + scan(self.w["first.decay"], x, None)[0].tanh()
+        x = x + scan(self.w["first.decay"], (x,), None)[0].tanh()
         if self.attends:
             q, k, v = (x * scale for scale in self.w["attention.scales"])
             later = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
             x = x + (q @ k.T * HIDDEN**-0.5).masked_fill(later, -math.inf).softmax(-1) @ v
-        x = x + scan(self.w["last.decay"], x, None)[0].tanh()
+        x = x + scan(self.w["last.decay"], (x,), None)[0].tanh()
         return self.w["lm_head.weight"] @ (x[-1] * self.w["norm.weight"])
 
     def agrees(self, ids: Sequence[int], tokens: Sequence[Token]) -> None:

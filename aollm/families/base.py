@@ -37,15 +37,15 @@ class Attend:
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """Effect: carry the state of state layer `layer` along rows [T, …]; answered with [T, …].
+    """Effect: carry the state of state layer `layer` along `rows`, tensors [T, …]; answered with [T, …].
 
     `scan(rows, state)` takes consecutive rows of one sequence and the state before them (None at the beginning), and
     returns as many rows and the state after them, a new float32 tensor of the layer's shape.
     """
 
     layer: int
-    rows: Tensor
-    scan: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+    rows: tuple[Tensor, ...]
+    scan: Callable[[tuple[Tensor, ...], Tensor | None], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,10 @@ class Params:
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
+    def with_deltas(self, deltas: Mapping[str, Delta]) -> Params:
+        """The same weights beside other adapters."""
+        return Params(self._tensors, deltas) if deltas else self
+
     def linear(self, name: str, x: Tensor) -> Tensor:
         """x [T, in] times the weight `name` [out, in], plus the bias `name`_bias if there is one, plus what adapters add."""
         y = linear(x, self._tensors[name], self._tensors.get(f"{name}_bias"))
@@ -118,12 +122,15 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """The experts of a step: `count` of them, of which a row takes `top`; `params(e)` names what `run(weights, rows)` needs of expert e."""
+    """The experts of a step: `count` of them, of which a row takes `top`; `params(e)` names the weights of expert e.
+
+    `run(rows, weights, e, beside)` computes expert e's results for rows [N, hidden]; `beside` are the weights of the step.
+    """
 
     count: int
     top: int
     params: Callable[[int], Mapping[str, Need]]
-    run: Callable[[Params, Tensor], Tensor]
+    run: Callable[[Tensor, Params, int, Params], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +236,7 @@ class Tower(Protocol):
     dtype: torch.dtype
     steps: Sequence[Step]
     """Layers count from 0; steps before and after them have layer -1."""
+    text_hidden: int
     both_ways: bool
     """Whether the rows of an item attend to each other in both directions."""
 
@@ -238,6 +246,10 @@ class Tower(Protocol):
 
     def rows(self, prepared: Tensor) -> int:
         """How many rows an item becomes."""
+        ...
+
+    def largest(self, rows: int) -> tuple[int, ...]:
+        """The shape of what `prepare` gives for the largest item that becomes at most `rows` rows, or for the smallest there is."""
         ...
 
     def place(self, ids: Sequence[int], rows: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -296,3 +308,13 @@ def prefix_of(names: Iterable[str], ending: str) -> str:
         if name.endswith(ending):
             return name.removesuffix(ending)
     raise CheckpointError(f"the checkpoint has no tensor …{ending}; is it the language model alone?")
+
+
+def layer_kinds(config: Mapping[str, Any], layers: int, known: tuple[str, ...]) -> tuple[str, ...]:
+    """What `layer_types` says of each layer, one of `known`; empty where the config has none."""
+    kinds = config.get("layer_types")
+    if kinds is None:
+        return ()
+    if not isinstance(kinds, list) or len(kinds) < layers or not all(kind in known for kind in kinds):
+        raise ModelError(f"config.json: layer_types must name one of {', '.join(known)} for each layer, found {kinds!r}")
+    return tuple(kinds[:layers])

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import ModelError
 from ..maths.layers import ACTIVATIONS, rms_norm
 from ..maths.rope import Rope, rotate
-from .base import Angles, Attend, KvShape, Need, Params, Step, Work, count, gated_mlp, head_name, positive
+from .base import Angles, Attend, KvShape, Need, Params, Step, Work, count, gated_mlp, head_name, layer_kinds, positive
 from .mixture import ExpertNames, Mixture
 
 
@@ -41,16 +41,12 @@ def _qwen_window(config: Mapping[str, Any], layer: int) -> int | None:
     if not config.get("use_sliding_window"):
         return None
     window = count(config, "sliding_window", 4096, most=1 << 30)
-    kinds = config.get("layer_types")
-    if kinds is None:
-        full = config.get("max_window_layers", 28)
-        if not isinstance(full, int):
-            raise ModelError(f"config.json: max_window_layers must be a whole number, found {full!r}")
-        return window if layer >= full else None
-    known = ("full_attention", "sliding_attention")
-    if not isinstance(kinds, list) or layer >= len(kinds) or kinds[layer] not in known:
-        raise ModelError(f"config.json: layer_types must name one of {', '.join(known)} for each layer, found {kinds!r}")
-    return window if kinds[layer] == "sliding_attention" else None
+    if kinds := layer_kinds(config, layer + 1, ("full_attention", "sliding_attention")):
+        return window if kinds[layer] == "sliding_attention" else None
+    full = config.get("max_window_layers", 28)
+    if not isinstance(full, int):
+        raise ModelError(f"config.json: max_window_layers must be a whole number, found {full!r}")
+    return window if layer >= full else None
 
 
 def _mixtral_experts(config: Mapping[str, Any], layer: int) -> Mixture:

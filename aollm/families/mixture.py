@@ -74,7 +74,7 @@ class Mixture:
         experts = Experts(
             self.count, self.top,
             lambda number: self._projections(f"{at}.{self.names.experts}.{number}", self.names.projections, self.intermediate),
-            lambda weights, rows: gated_mlp(weights, rows, act),
+            lambda rows, weights, number, beside: gated_mlp(weights, rows, act),
         )  # fmt: skip
         return Step(layer, "mixture", params, run, experts=experts)
 

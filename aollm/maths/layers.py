@@ -25,6 +25,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * functional.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype)
 
 
+def rms_norm_in_float(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm of x [..., hidden], scaled in float32 too and rounded once."""
+    return functional.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+
+
+def rms_norm_about_one(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm of x [..., hidden] whose weight is stored as its difference from one, all in float32, as Gemma does."""
+    return rms_norm_in_float(x, 1.0 + weight.float(), eps)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "swish": functional.silu,
