@@ -11,12 +11,14 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any
+from typing import Any, Literal
 
 import anyio.to_thread
 
 from .disk.base import Disk, Extent, Priority
 from .errors import CheckpointError, DiskError, ModelError
+from .export.checking import Progress, ignore
+from .export.opening import find_export, open_export
 from .tensors import AGAIN, MAX_TENSORS, PICKLES, TENSOR_NAME, check_tensor, guard, parse_json
 from .tensors import DTYPES as DTYPES
 from .tensors import Checkpoint as Checkpoint
@@ -28,12 +30,27 @@ CONVERT = "transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretra
 SHARD_NAME = re.compile(r"\w[\w.\-]{0,240}\.safetensors", re.ASCII)
 
 
-async def open_checkpoint(folder: Path, disk: Disk) -> Checkpoint:
+async def open_checkpoint(
+    folder: Path, disk: Disk, weights: Literal["auto", "published", "export"] = "auto", progress: Progress = ignore
+) -> Checkpoint:  # fmt: skip
     """Read the headers of `model.safetensors`, or of the index's shards, or of the only *.safetensors in `folder`.
 
+    `weights`: `export` takes those that `aollm export` has made, in the folder's `gds_export` or in the folder itself;
+    `auto` does where no safetensors file is there. An export that nobody has checked is read once, which `progress` is told.
     Raises `ModelError` for a folder without weights, `CheckpointError` for weights that are missing, truncated or lie
     about themselves, and `DiskError` when the drive fails.
     """
+    published = await _open_published(folder, disk) if weights == "published" or await _is_published(folder, disk) else None
+    if published is not None and weights != "export":
+        return published
+    if (export := await find_export(folder, disk)) is not None:
+        return await open_export(export, disk, published.files if published is not None else (), progress)
+    if weights == "export":
+        raise ModelError(f"{folder} has no export (gds_export/manifest.json); make one: aollm export {folder}")
+    return await _open_published(folder, disk)  # it is not there: this says what is missing, or finds it on a disk of another kind
+
+
+async def _open_published(folder: Path, disk: Disk) -> Checkpoint:
     name = await _first(folder, disk)
     picks = await _read_index(folder, disk) if name == INDEX else {}
     names = list(dict.fromkeys(picks.values())) if name == INDEX else [name]
@@ -41,6 +58,19 @@ async def open_checkpoint(folder: Path, disk: Disk) -> Checkpoint:
     tensors = await anyio.to_thread.run_sync(_merge, folder, shards, picks)
     files = tuple(str(folder / shard) for shard in names)
     return Checkpoint(folder, tensors, files, sum(entry.extent.nbytes for entry in tensors.values()))
+
+
+async def _is_published(folder: Path, disk: Disk) -> bool:
+    """Whether safetensors files are there. An index alone says nothing: it is small, and stays behind."""
+    try:
+        await _size(folder, SINGLE, disk)
+        return True
+    except DiskError:
+        pass
+    try:
+        return any(name.endswith(".safetensors") for name in await anyio.to_thread.run_sync(os.listdir, folder))
+    except OSError:
+        return False
 
 
 async def read_json(path: Path, limit: int = 16 << 20) -> dict[str, Any]:

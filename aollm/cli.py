@@ -30,9 +30,11 @@ examples:
   aollm run ~/models/llama-70b "Dear Sir," --memory 8GiB  a model larger than memory
   aollm plan ~/models/llama-70b --memory 8GiB             what would be kept, and what read
   aollm chat ~/models/llama-8b --save talk.json           a conversation that can be resumed
+  aollm export ~/models/llama-8b --verify                 its weights as raw files, for direct reads
   aollm cache ls                                          what is stored of earlier runs
 
-MODEL is a folder with config.json, *.safetensors and a tokenizer, or the alias demo.
+MODEL is a folder with config.json, *.safetensors and a tokenizer, an alias such as demo, or org/repo[@revision] of the
+Hugging Face Hub.
 """
 
 
@@ -113,7 +115,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, Any]]
     )
     parser.add_argument("--version", action="version", version=f"aollm {__version__}")
     commands = parser.add_subparsers(title="commands", prog="aollm", metavar="")
-    makers = {"demo": _demo, "run": _run, "chat": _chat, "plan": _plan, "cache": _cache}
+    makers = {"demo": _demo, "run": _run, "chat": _chat, "plan": _plan, "export": _export, "cache": _cache}
     known = {name: make(commands) for name, make in makers.items()}
     namespace, unknown = parser.parse_known_args(argv)
     options = vars(namespace)
@@ -145,7 +147,7 @@ def _demo(commands: Any) -> Parser:
 
 def _run(commands: Any) -> Parser:
     parser = _command(commands, "run", "MODEL PROMPT ", "complete a text")
-    parser.add_argument("model", metavar="MODEL", help="a folder, or the alias demo")
+    parser.add_argument("model", metavar="MODEL", help="a folder, an alias, or org/repo[@rev]")
     parser.add_argument("prompt", metavar="PROMPT", help="the text to go on from; - reads it from stdin, without its last newline")
     parser.add_argument("--chat", action="store_true", help="PROMPT is a message: put it into the model's chat template")
     _generation(parser)
@@ -160,7 +162,7 @@ def _run(commands: Any) -> Parser:
 
 def _chat(commands: Any) -> Parser:
     parser = _command(commands, "chat", "MODEL ", "talk with a model; /help says what else can be typed")
-    parser.add_argument("model", metavar="MODEL", help="a folder, or the alias demo")
+    parser.add_argument("model", metavar="MODEL", help="a folder, an alias, or org/repo[@rev]")
     parser.add_argument("--system", metavar="TEXT", help="a first message with the role system")
     parser.add_argument("--save", metavar="FILE", help="write the conversation there after each answer, and keep its KV cache")
     parser.add_argument("--resume", metavar="FILE", help="go on with a conversation that was saved, and with its KV cache")
@@ -172,9 +174,19 @@ def _chat(commands: Any) -> Parser:
 
 def _plan(commands: Any) -> Parser:
     parser = _command(commands, "plan", "MODEL ", "say what a run would keep and what it would read; loads no weights")
-    parser.add_argument("model", metavar="MODEL", help="a folder, or the alias demo")
+    parser.add_argument("model", metavar="MODEL", help="a folder, an alias, or org/repo[@rev]")
     _runtime(parser)
     parser.add_argument("--json", action="store_true", help="the plan as one JSON object")
+    parser.add_argument("--quiet", action="store_true", help="no live status")
+    return parser
+
+
+def _export(commands: Any) -> Parser:
+    parser = _command(commands, "export", "MODEL ", "write the weights as raw aligned files, which can be read without safetensors")
+    parser.add_argument("model", metavar="MODEL", help="a folder, an alias, or org/repo[@rev]")
+    parser.add_argument("--output", metavar="DIR", help="where to; a model by itself then (default: gds_export in the model's folder)")
+    parser.add_argument("--verify", action="store_true", help="read all of it back and check it; an export that is there is only checked")
+    parser.add_argument("--force", action="store_true", help="make it again where there is one already")
     parser.add_argument("--quiet", action="store_true", help="no live status")
     return parser
 
@@ -228,6 +240,10 @@ def _runtime(parser: Parser) -> None:
     group.add_argument("--disk-backend", metavar="NAME", help="auto, threads, uring, gds or portable")
     group.add_argument("--prefetch-depth", type=int, metavar="N", help="pieces that are read ahead of need (default 2)")
     group.add_argument("--dense-projection-chunk-rows", type=int, metavar="N", help="rows that are computed at a time")
+    group.add_argument("--models-dir", metavar="FOLDER", help="where models of the Hub are kept (default: huggingface_hub's cache)")
+    group.add_argument("--force-download", action="store_true", help="fetch a model of the Hub again, all of it")
+    group.add_argument("--adapter-dir", metavar="FOLDER", help="a LoRA adapter, or a folder with several")
+    group.add_argument("--expert-memory", metavar="SIZE", help="what experts may have of the memory (default: all that is left)")
     group.add_argument("--offload-cpu-layers", type=int, metavar="N", help="keep just N layers in memory (default: all that fit)")
     group.add_argument("--offload-cpu-policy", metavar="WHICH", help="auto, prefix, suffix or middle-band")
     group = parser.add_argument_group("KV cache")

@@ -89,7 +89,7 @@ class RuntimePlan:
 
 def make_plan(
     config: RuntimeConfig, model_type: str, family: Family, pieces: Sequence[Piece], experts: Mapping[Key, Piece],
-    tower: tuple[Tower | None, Sequence[Piece]], memory: int, in_use: int, disk: tuple[str, str],
+    tower: tuple[Tower | None, Sequence[Piece]], adapters_nbytes: int, memory: int, in_use: int, disk: tuple[str, str],
 ) -> RuntimePlan:  # fmt: skip
     """Divide `memory` bytes, of which the process already has `in_use`. Raises `MemoryBudgetError` with the largest parts."""
     ledger = Ledger(memory)
@@ -112,6 +112,8 @@ def make_plan(
     ring = 0 if fits and kept is None else max(pages(ring_nbytes(sizes, config.prefetch_depth)), LEAST_RING)
     for name, nbytes in (("stream ring", ring), ("kv", kv_nbytes), ("activations", activations)):
         ledger.lines[name] = nbytes
+    if adapters_nbytes:
+        ledger.lines["adapters"] = adapters_nbytes
     item, kept_items = _tower(*tower, context)
     if tower[0] is not None:
         ledger.lines["towers"] = item + kept_items

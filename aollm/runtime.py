@@ -31,6 +31,7 @@ from .kv import cache_state, open_cache
 from .plan import RuntimePlan
 from .port import Port
 from .probe import drive_speed
+from .prompt import Prompt, encode
 from .reference import find
 from .request import FinishReason, Request, Token
 from .sampling import Sampler
@@ -44,8 +45,6 @@ from .text import Text
 from .towers import Towers
 from .trace import Trace, profile
 from .weights import Weights, check_shape, dtype_of
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
 class Runtime:
@@ -74,7 +73,7 @@ class Runtime:
 
     @classmethod
     def open(cls, model: RuntimeConfig | str | Path, *, disk: Disk | None = None, **fields: Any) -> Runtime:
-        """A runtime for `model` (a folder, an alias such as `demo`, or a whole configuration); enter it with `async with`.
+        """A runtime for `model` (a folder, an alias such as `demo`, `org/repo[@rev]`, or a whole configuration); enter it with `async with`.
 
         A `disk` that is given takes the place of `disk_backend`, and stays open. `fields` are those of `RuntimeConfig`.
         Raises `ConfigError` here; on entering `ModelError`, `MemoryBudgetError` or `DiskError`, and then leaves nothing behind.
@@ -128,7 +127,8 @@ class Runtime:
         async def submit() -> Request:
             if not self._opened:
                 raise RequestError("the runtime is not open: ask it inside `async with Runtime.open(...) as runtime`")
-            ids = await self._encode(prompt)
+            encoded = await encode(prompt, self.text, self._tower, self._family.vocabulary)
+            ids = encoded.ids
             room = self.plan.max_context_tokens - len(ids)
             limit = settings.max_new_tokens if settings.context_shift != "stop" else min(settings.max_new_tokens, room)
             if room < 1:
@@ -136,11 +136,16 @@ class Runtime:
                     f"the prompt has {len(ids)} tokens and the context {self.plan.max_context_tokens}: shorten it, "
                     "or open the runtime with a larger max_context_tokens"
                 )
+            if encoded.items and settings.context_shift != "stop":
+                raise RequestError("context_shift: a context with images or sound in it cannot be shifted; use stop")
+            adapter = None if settings.adapter is None else self._adapters.index(settings.adapter)
+            salt = settings.cache_salt if adapter is None else f"{settings.cache_salt}\0{self._adapters.digests[adapter]}"
             samplers = [Sampler(sampling, self._family.vocabulary, choice) for choice in range(settings.n)]
             decoders = [self.text.decoder(settings.stop) for _ in range(settings.n)]
             request = Request(
                 next(self._numbers), ids, limit, self.text.stop_ids, samplers, decoders, self.engine.wake,
-                settings.cache_salt, session, settings.context_shift, settings.keep_tokens, self.plan.max_context_tokens,
+                salt, session, settings.context_shift, settings.keep_tokens, self.plan.max_context_tokens,
+                encoded.items, adapter,
             )  # fmt: skip
             self.engine.submit(request)
             return request
@@ -194,7 +199,7 @@ class Runtime:
         compute = Compute(port, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
         self._cleanup.callback(compute.close)
         found = await survey(self.config, folder, disk, reason)
-        self.text, self.plan, self._family, self._tower = found.text, found.plan, found.family, found.tower
+        self.text, self.plan, self._family, self._tower, self._adapters = found.text, found.plan, found.family, found.tower, found.adapters
         family, plan = found.family, found.plan
         weights = Weights(found.pieces, plan.pinned, plan.ring_nbytes, disk, self.trace)
         experts = ExpertCache(found.experts, plan.expert_slots, plan.expert_slot_nbytes, disk, self.trace)
@@ -211,8 +216,7 @@ class Runtime:
         self._cleanup.callback(embedding.forget)
         if "pinned embedding" in plan.ledger:
             await embedding.pin()
-        adapters = None
-        model = Model(family, weights, experts, norm, self.cache, adapters, plan.chunk_rows, self.trace, port.post)
+        model = Model(family, weights, experts, norm, self.cache, found.adapters, plan.chunk_rows, self.trace, port.post)
         limits = Limits(plan.max_rows, plan.max_concurrent_requests, plan.max_answers, plan.max_context_tokens)
         towers = Towers(found.tower_pieces, plan.tower_kept_nbytes, disk, compute, self.trace)
         self._cleanup.callback(towers.forget)
@@ -224,23 +228,6 @@ class Runtime:
     def _post(self, call: Callable[[], object]) -> None:
         if self._port is not None:
             self._port.post(call)
-
-    async def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            ids = await anyio.to_thread.run_sync(self.text.encode, prompt)
-        elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
-            raise RequestError(f"a prompt is text, a list of token ids or a list of messages, not {type(prompt).__name__}")
-        elif all(isinstance(item, Mapping) for item in prompt):
-            ids = await anyio.to_thread.run_sync(self.text.chat, [item for item in prompt if isinstance(item, Mapping)])
-        elif wrong := [item for item in prompt if not isinstance(item, int) or isinstance(item, bool)]:
-            raise RequestError(f"a token id is a whole number, not {wrong[0]!r}")
-        else:
-            ids = [item for item in prompt if isinstance(item, int)]
-        if not ids or not prompt:
-            raise RequestError("the prompt is empty: give at least one token")
-        if outside := [item for item in ids if not 0 <= item < self._family.vocabulary]:
-            raise RequestError(f"token id {outside[0]} is out of range: this model has ids from 0 to {self._family.vocabulary - 1}")
-        return ids
 
 
 async def _read_norm(family: Family, checkpoint: Checkpoint, disk: Disk) -> torch.Tensor:

@@ -71,6 +71,7 @@ class RuntimeConfig(_Settings):
     fetched again without `force_download`.
     `offload_cpu_layers` keeps just so many layers in memory, chosen by `offload_cpu_policy`; None keeps as much as fits.
     Without `multimodal` a model's towers for images or sound are left out, and memory is not set aside for them.
+    `adapter_dir` is a LoRA adapter's folder, or one with such folders in it, or folders by name; requests choose by name.
     `expert_memory` bounds what experts may have of the memory; None is all that is left.
     `kv_cache_strategy` says where keys and values are kept, `kv_cache_memory` how much of the memory they may have,
     `kv_cache_lifecycle` whether they outlive the runtime, in `cache_dir`, within `kv_cache_max_bytes` and `kv_cache_max_age_s`.
@@ -88,6 +89,7 @@ class RuntimeConfig(_Settings):
     kv_cache_memory: Size | None = None
     expert_memory: Size | None = None
     multimodal: bool = True
+    adapter_dir: Annotated[Path, BeforeValidator(_path)] | dict[str, Annotated[Path, BeforeValidator(_path)]] | None = None
     kv_cache_max_bytes: Size | None = None
     kv_cache_max_age_s: float | None = Field(None, gt=0)
     cache_dir: Annotated[Path, BeforeValidator(_path)] = Field(default_factory=_cache_dir)
@@ -119,6 +121,7 @@ class GenerationConfig(_Settings):
 
     `context_shift`: what happens when the context is full. `stop` ends the answer; the others leave out the older half of
     what follows the first `keep_tokens` tokens, and turn the kept keys to their new positions or `prefill` them again.
+    `adapter` names one of the runtime's adapters, None the model as it is.
     Prompts with different `cache_salt`s never share what is stored.
     """
 
@@ -134,6 +137,7 @@ class GenerationConfig(_Settings):
     context_shift: Literal["stop", "rotate", "prefill"] = "stop"
     keep_tokens: int = Field(4, ge=0)
     cache_salt: str = Field("", max_length=256)
+    adapter: str | None = Field(None, max_length=256)
     stop: tuple[Annotated[str, Field(min_length=1, max_length=1024)], ...] = Field((), max_length=16)
 
     @classmethod

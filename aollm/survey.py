@@ -11,6 +11,7 @@ import anyio.to_thread
 import psutil
 import torch
 
+from .adapters import Adapters, load_adapters
 from .checkpoint import Checkpoint, open_checkpoint, read_json
 from .disk.base import Disk
 from .errors import ModelError
@@ -35,6 +36,7 @@ class Survey:
     family: Family
     pieces: Sequence[Piece]
     experts: Mapping[Key, Piece]
+    adapters: Adapters
     tower: Tower | None
     tower_pieces: Sequence[Piece]
     plan: RuntimePlan
@@ -51,14 +53,24 @@ async def survey(config: RuntimeConfig, folder: Path, disk: Disk, reason: str) -
     family = build_family(described, checkpoint)
     pieces = await anyio.to_thread.run_sync(pieces_of, family, checkpoint)
     experts = await anyio.to_thread.run_sync(expert_pieces, family, checkpoint)
-    tower = await build_tower(folder, described, family.dtype, checkpoint) if config.multimodal else None
+    tower = await build_tower(described, family.dtype, checkpoint, text) if config.multimodal else None
     tower_pieces = [] if tower is None else [step_piece(step, checkpoint, tower.dtype) for step in tower.steps]
+    adapters = await anyio.to_thread.run_sync(_adapters, config, family, checkpoint)
     in_use = psutil.Process().memory_info().rss
     memory = config.memory or in_use + int(free_memory() * 0.9)
     plan = make_plan(
-        config, str(described["model_type"]), family, pieces, experts, (tower, tower_pieces), memory, in_use, (disk.name, reason)
+        config,
+        str(described["model_type"]),
+        family,
+        pieces,
+        experts,
+        (tower, tower_pieces),
+        adapters.nbytes,
+        memory,
+        in_use,
+        (disk.name, reason),
     )
-    return Survey(text, checkpoint, family, pieces, experts, tower, tower_pieces, plan)
+    return Survey(text, checkpoint, family, pieces, experts, adapters, tower, tower_pieces, plan)
 
 
 def build_family(config: Mapping[str, Any], checkpoint: Checkpoint) -> Family:
@@ -74,11 +86,16 @@ def build_family(config: Mapping[str, Any], checkpoint: Checkpoint) -> Family:
     return family
 
 
-async def build_tower(folder: Path, config: Mapping[str, Any], dtype: torch.dtype, checkpoint: Checkpoint) -> Tower | None:
-    """What takes the model's images or sounds, if it takes any and its weights are there."""
+async def build_tower(config: Mapping[str, Any], dtype: torch.dtype, checkpoint: Checkpoint, text: Text) -> Tower | None:
+    """What takes the model's images or sounds, if it takes any."""
     make = TOWERS.get(str(config.get("model_type")))
     if make is None:
         return None
-    file = folder / "preprocessor_config.json"
+    file = checkpoint.folder / "preprocessor_config.json"
     given = await read_json(file) if await anyio.to_thread.run_sync(file.exists) else {}
-    return make(config, dtype, checkpoint.tensors, given)
+    return make(config, dtype, checkpoint.tensors, given, text.newlines())
+
+
+def _adapters(config: RuntimeConfig, family: Family, checkpoint: Checkpoint) -> Adapters:
+    loaded = {} if config.adapter_dir is None else load_adapters(config.adapter_dir)
+    return Adapters(loaded, family, checkpoint)

@@ -10,11 +10,12 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .adapters import Adapters
 from .batch import Batch, Segment
 from .errors import StoreError
 from .experts import ExpertCache
@@ -29,9 +30,6 @@ from .stores.records import Loaded
 from .stores.store import Store
 from .trace import Event, Trace
 from .weights import Piece, Weights
-
-if TYPE_CHECKING:
-    from .adapters import Adapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +75,7 @@ class Model:
     experts: ExpertCache
     norm: Tensor
     cache: Cache
-    adapters: Adapters | None
+    adapters: Adapters
     chunk_rows: int
     trace: Trace
     post: Callable[[Callable[[], object]], None]
@@ -150,7 +148,8 @@ def _step(
         yield Room(rows)
     promoted: list[tuple[Cell, Cell]] = []
     cuts = batch.cuts(model.chunk_rows)
-    works = [step.run(_adapted(model, step, weights, mask, cut), x[cut], tuple(kind[cut] for kind in angles)) for cut in cuts]
+    own = [weights if mask is None else weights.with_deltas(model.adapters.deltas(step, mask[cut])) for cut in cuts]
+    works = [step.run(params, x[cut], tuple(kind[cut] for kind in angles)) for params, cut in zip(own, cuts, strict=True)]
     answers: list[Tensor | None] = [None] * len(works)
     if step.experts is not None:
         answers = [*(yield from mix(step, weights, works, model.post, model.experts.release))]
@@ -175,15 +174,8 @@ def _step(
 
 
 def _mask(model: Model, batch: Batch) -> Tensor | None:
-    if model.adapters is None:
-        return None
+    """Which row has which adapter."""
     return model.adapters.mask([(segment.answer.request.adapter, segment.rows) for segment in batch.segments])
-
-
-def _adapted(model: Model, step: Step, weights: Params, mask: Tensor | None, cut: slice) -> Params:
-    if mask is None or model.adapters is None:
-        return weights
-    return weights.with_deltas(model.adapters.deltas(step, mask[cut]))
 
 
 def _attend(
@@ -199,8 +191,7 @@ def _attend(
     folds: list[Attention] = []
     for segment, low, high, position in parts:
         segment.store.append(layer, effect.keys[low:high], effect.values[low:high])
-        extra = {name: value for name, value in (("sinks", effect.sinks), ("spans", segment.spans)) if value}
-        folds.append(Attention(effect.queries[low:high], position, effect.scale, window, **extra))
+        folds.append(Attention(effect.queries[low:high], position, effect.scale, window, effect.sinks, segment.spans))
     for stop in itinerary(parts, layer, window, cache.run_nbytes):
         if not stop.run.cold:
             (number,) = stop.users

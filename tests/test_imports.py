@@ -16,11 +16,11 @@ PACKAGE = Path(aollm.__file__).parent
 ROWS = [
     "errors trace port",
     "disk",
-    "buffers ahead probe tensors checkpoint fingerprint",
+    "buffers ahead probe tensors fingerprint export checkpoint",
     "maths sampling compute",
     "families stores",
     "placement weights experts adapters item mixing towers embedding request batch itinerary drawing sweep gathering shift engine stream generic",
-    "demo text media settings hub download reference selector plan survey export kv session runtime",
+    "demo text media settings prompt download hub reference selector plan survey kv session runtime",
     "terminal lanes meter client inference server bench commands cli __main__",
 ]
 ORDER = [room for row in ROWS for room in row.split()]

@@ -11,8 +11,9 @@ import anyio
 
 from ..errors import ConfigError
 from ..meter import Meter, opening, reused
+from ..prompt import Prompt
 from ..request import Request, Token
-from ..runtime import Prompt, Runtime
+from ..runtime import Runtime
 from ..settings import GenerationConfig, RuntimeConfig
 from ..terminal import Terminal
 from . import generation_config, runtime_config

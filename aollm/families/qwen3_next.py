@@ -97,7 +97,7 @@ class Qwen3Next:
         """x + attention(norm(x)), each head's result gated."""
         rows, norm = x.shape[0], partial(rms_norm_about_one, eps=self.eps)
         wide = self.heads * self.head_dim
-        both, k, v = w.linear("qkv", norm(x, w["norm"])).split((2 * wide, *[self.kv_heads * self.head_dim] * 2), dim=-1)
+        both, k, v = w.linear("qkv", norm(x, w["norm"])).split_with_sizes((2 * wide, *[self.kv_heads * self.head_dim] * 2), dim=-1)
         q, gate = both.view(rows, self.heads, 2 * self.head_dim).chunk(2, dim=-1)  # [T, H, D]
         q = rotate(norm(q, w["q_norm"]), *angles)
         k = rotate(norm(k.view(rows, self.kv_heads, self.head_dim), w["k_norm"]), *angles)
@@ -111,13 +111,13 @@ class Qwen3Next:
         q, k, v, z = (
             w.linear("qkvz", h)
             .view(rows, self.key_heads, -1)
-            .split((self.key_dim, self.key_dim, each * self.value_dim, each * self.value_dim), -1)
+            .split_with_sizes((self.key_dim, self.key_dim, each * self.value_dim, each * self.value_dim), -1)
         )
         b, a = (part.reshape(rows, -1) for part in w.linear("ba", h).view(rows, self.key_heads, -1).chunk(2, dim=-1))  # [T, Hv]
         mixed = torch.cat([part.reshape(rows, -1) for part in (q, k, v)], dim=-1)
         conv = w["conv"][:, 0]
         mixed = yield Recall(state, (mixed,), lambda part, carried: causal_conv(part[0], conv, carried))
-        q, k, v = mixed.split((self.keys, self.keys, self.values), dim=-1)
+        q, k, v = mixed.split_with_sizes((self.keys, self.keys, self.values), dim=-1)
         decay = -w["A_log"].exp() * functional.softplus(a.float() + w["dt_bias"])
         o = yield Recall(
             state + 1,
@@ -125,7 +125,7 @@ class Qwen3Next:
                 q.view(rows, self.key_heads, -1), k.view(rows, self.key_heads, -1), v.view(rows, self.value_heads, -1),
                 decay, b.sigmoid(),
             ),
-            lambda parts, carried: gated_delta(*parts, carried),
+            lambda parts, carried: gated_delta(parts[0], parts[1], parts[2], parts[3], parts[4], carried),
         )  # fmt: skip
         o = rms_norm(o, w["gated_norm"], self.eps) * functional.silu(z.reshape(rows, self.value_heads, -1).float())
         return x + w.linear("o", o.to(x.dtype).reshape(rows, -1))

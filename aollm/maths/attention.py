@@ -16,6 +16,9 @@ from torch import Tensor
 BLOCK = 1024
 """Positions at which a history is cut are multiples of this many tokens."""
 
+Span = tuple[int, int]
+"""Positions [a, b) that all see each other."""
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -35,20 +38,27 @@ class Fold:
     """The running result of queries [T, H, D] at positions from `start` on, over the blocks folded so far.
 
     Blocks may come in any order: one that comes before its turn waits as what it adds, so that the sum does not depend on it.
+    `sinks` and `spans` as in `Attention`.
     """
 
-    def __init__(self, queries: Tensor, start: int, scale: float, window: int | None = None) -> None:
+    def __init__(
+        self, queries: Tensor, start: int, scale: float, window: int | None = None, sinks: Tensor | None = None, spans: Sequence[Span] = ()
+    ) -> None:  # fmt: skip
         self._queries = queries
         self._start, self._end = start, start + queries.shape[0]
         self._scale, self._window = scale, window
+        self._sinks = sinks
+        self._spans = [(low, high) for low, high in spans if low < self._end and high > start]
+        self._low = min([first_seen(start, window), *(low for low, _ in self._spans)])  # the keys that any query sees
+        self._high = max([self._end, *(high for _, high in self._spans)])
         self._out: Tensor | None = None  # [T, H, D] in the queries' type after one fold, float32 after more
         self._weight: Tensor | None = None  # log-sum-exp [T, H, 1]
-        self._turn = first_seen(start, window) // BLOCK * BLOCK
+        self._turn = self._low // BLOCK * BLOCK
         self._early: dict[int, tuple[int, list[tuple[Tensor, Tensor]]]] = {}
 
     def wants(self, start: int, end: int) -> bool:
         """Whether any query sees any position of [start, end): blocks that none sees need not be read."""
-        return start < self._end and (self._window is None or end > self._start - self._window + 1)
+        return start < self._high and end > self._low
 
     def add(self, block: Block) -> None:
         """Fold one block in."""
@@ -61,8 +71,11 @@ class Fold:
         """[T, H, D] in the queries' dtype."""
         for start in sorted(self._early):
             self._merge(self._early.pop(start)[1])
-        assert self._out is not None
-        return self._out.to(self._queries.dtype)
+        assert self._out is not None and self._weight is not None
+        out = self._out
+        if self._sinks is not None:
+            out = out * torch.sigmoid(self._weight - self._sinks.float()[:, None])
+        return out.to(self._queries.dtype)
 
     def _merge(self, parts: list[tuple[Tensor, Tensor]]) -> None:
         for out, weight in parts:
@@ -76,8 +89,7 @@ class Fold:
 
     def _parts(self, block: Block) -> Iterator[tuple[Block, bool, Tensor | None]]:
         """Cut a block so that each part is seen whole, causally, or through a mask."""
-        low = block.start if self._window is None else max(block.start, self._start - self._window + 1)
-        high = min(block.end, self._end)
+        low, high = max(block.start, self._low), min(block.end, self._high)
         if self._end - self._start == 1:
             yield _cut(block, low, high), False, None
             return
@@ -85,7 +97,7 @@ class Fold:
             if start >= end:
                 continue
             own = start >= self._start
-            if (self._window is not None and start <= self._end - 1 - self._window) or (own and start > self._start):
+            if (self._window is not None and start <= self._end - 1 - self._window) or (own and (start > self._start or self._spans)):
                 yield _cut(block, start, end), False, self._mask(start, end)
             else:
                 yield _cut(block, start, end), own, None
@@ -96,6 +108,8 @@ class Fold:
         seen = keys <= queries
         if self._window is not None:
             seen &= keys > queries - self._window
+        for low, high in self._spans:
+            seen[max(low - self._start, 0) : high - self._start, max(low - start, 0) : max(high - start, 0)] = True
         return torch.zeros(seen.shape, dtype=self._queries.dtype).masked_fill_(~seen, -torch.inf)
 
 
@@ -103,14 +117,19 @@ class Attention:
     """Causal attention of queries [T, H, D] at positions `start`…, folded block by block.
 
     Queries are taken in tiles that end where blocks do. `window`: a query sees only the last `window` positions, its own included.
+    `sinks` [H]: one more logit for each head, whose share of the softmax is dropped (Xiao et al., 2023; as gpt-oss has it).
+    `spans`: disjoint ranges of positions; queries in one see all its keys, whatever their order and the window. `queries` has
+    all of a span's positions or none.
     """
 
-    def __init__(self, queries: Tensor, start: int, scale: float, window: int | None = None) -> None:
+    def __init__(
+        self, queries: Tensor, start: int, scale: float, window: int | None = None, sinks: Tensor | None = None, spans: Sequence[Span] = ()
+    ) -> None:  # fmt: skip
         self._folds: list[Fold] = []
         row = 0
         while row < queries.shape[0]:
             rows = min(BLOCK - (start + row) % BLOCK, queries.shape[0] - row)
-            self._folds.append(Fold(queries[row : row + rows], start + row, scale, window))
+            self._folds.append(Fold(queries[row : row + rows], start + row, scale, window, sinks, spans))
             row += rows
 
     def add(self, block: Block) -> None:
@@ -130,9 +149,12 @@ def first_seen(position: int, window: int | None) -> int:
     return 0 if window is None else max(0, position - window + 1)
 
 
-def attend(queries: Tensor, blocks: Sequence[Block], start: int, scale: float, window: int | None = None) -> Tensor:
-    """Causal attention of queries [T, H, D] at positions `start`… over blocks in memory; returns [T, H, D]."""
-    attention = Attention(queries, start, scale, window)
+def attend(
+    queries: Tensor, blocks: Sequence[Block], start: int, scale: float, window: int | None = None, sinks: Tensor | None = None,
+    spans: Sequence[Span] = (),
+) -> Tensor:  # fmt: skip
+    """Attention of queries [T, H, D] at positions `start`… over blocks in memory, as `Attention` has it; returns [T, H, D]."""
+    attention = Attention(queries, start, scale, window, sinks, spans)
     for block in blocks:
         attention.add(block)
     return attention.result()

@@ -18,21 +18,23 @@ _NORM_EPSILON = 1e-6
 
 
 def causal_conv(rows: Tensor, weight: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """SiLU of the depthwise causal convolution of rows [T, C] with weight [C, K], and the state after them, [C, K-1] float32.
+    """SiLU of the depthwise causal convolution of rows [T, C] with weight [C, K], in the rows' dtype, and the state after them.
 
-    `state`: the K-1 rows before the first one, as the last call gave them; None at the beginning. Results have the rows' dtype.
+    `state` [C, K-1] float32: the K-1 rows before the first one, as the last call gave them; None at the beginning. Sums are
+    float32, and rounded once before the SiLU.
     """
     channels, size = weight.shape
-    before = rows.new_zeros(size - 1, channels) if state is None else state.T.to(rows.dtype)
-    padded = torch.cat((before, rows))  # [K-1+T, C]
-    after = padded[rows.shape[0] :].float().T.clone(memory_format=torch.contiguous_format)
-    out = functional.conv1d(padded.T[None], weight.to(rows.dtype)[:, None], groups=channels)[0].T
-    return functional.silu(out), after
+    count = rows.shape[0]
+    before = rows.new_zeros(size - 1, channels, dtype=torch.float32) if state is None else state.T
+    padded = torch.cat((before, rows.float()))  # [K-1+T, C]
+    taps = weight.T.float().contiguous()  # [K, C]
+    out = padded[:count] * taps[0]
+    for tap in range(1, size):
+        out.addcmul_(padded[tap : tap + count], taps[tap])
+    return functional.silu(out.to(rows.dtype)), padded[count:].T.clone(memory_format=torch.contiguous_format)
 
 
-def gated_delta(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def gated_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """The gated delta rule for q, k [T, Hk, Dk] and v [T, Hv, Dv]; returns [T, Hv, Dv] in v's dtype, and the state after the rows.
 
     Each of the Hk heads serves Hv/Hk consecutive heads of v. g [T, Hv]: log of the decay, float32; beta [T, Hv]: weight of the
@@ -41,9 +43,9 @@ def gated_delta(
     if state is None:
         state = v.new_zeros(v.shape[1], k.shape[2], v.shape[2], dtype=torch.float32)
     outs = []
+    advance = _step if v.shape[0] == 1 else _chunk  # from two rows on, a chunk is faster than as many steps
     for at in range(0, v.shape[0], CHUNK):
         rows = slice(at, at + CHUNK)
-        advance = _step if v.shape[0] == 1 else _chunk
         out, state = advance(_unit(q[rows]) * q.shape[-1] ** -0.5, _unit(k[rows]), v[rows].float(), g[rows], beta[rows].float(), state)
         outs.append(out.to(v.dtype))
     return outs[0] if len(outs) == 1 else torch.cat(outs), state
@@ -55,7 +57,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One row: what comes out is taken from the state before it, which is so read twice and written once, a pass for each product."""
+    """One row. What comes out follows from products with the state before it, so the new state is written and not read again."""
     group = v.shape[1] // k.shape[1]
     both = torch.stack((k[0], q[0]), 1).repeat_interleave(group, 0)  # [Hv, 2, Dk]
     decay = g[0].exp()[:, None, None]  # [Hv, 1, 1]

@@ -18,11 +18,12 @@ from numba import get_num_threads, njit, prange, set_num_threads, types
 from numba.core.datamodel.models import PrimitiveModel
 from numba.extending import intrinsic, register_model
 
+from .mxfp4 import DOUBLED
+
 Operation = tuple[Any, Callable[..., Any]]
 
 FLOAT, INT, BYTE = ir.FloatType(), ir.IntType(32), ir.IntType(8)
 FLOATS, INTS, BYTES = (ir.VectorType(element, 16) for element in (FLOAT, INT, BYTE))
-DOUBLED = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)  # the sizes of the eight codes, twice
 
 
 class Floats(types.Type):

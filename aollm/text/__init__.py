@@ -69,18 +69,19 @@ class Text:
         """Ids of `text`, with the special ids that the tokenizer puts around it. Raises `RequestError` for text that is none."""
         return self._ids(text, True)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def chat(self, messages: Sequence[Mapping[str, Any]], kinds: Collection[str] = ()) -> list[int]:
         """Ids of a conversation, ready for the model's answer, as transformers' `apply_chat_template` gives them.
 
-        Each message has a `role` and a `content`: text, or parts `{"type": "text", "text": ...}`. Raises `RequestError`
-        for malformed messages, images and audio, a missing template, or one that refuses or runs away.
+        Each message has a `role` and a `content`: text, or parts `{"type": "text", "text": ...}`; `kinds` are other types of
+        parts that the template writes placeholders for. Raises `RequestError` for malformed messages, other parts, a missing
+        template, or one that refuses or runs away.
         """
-        return self._ids(self.render(messages), False)
+        return self._ids(self.render(messages, kinds), False)
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], kinds: Collection[str] = ()) -> str:
         """The text that `chat` encodes. Parts go to templates that walk them as they are, to others as one text."""
         self._present()
-        plain = [plain_message(message, index) for index, message in enumerate(conversation(messages))]
+        plain = [plain_message(message, index, kinds) for index, message in enumerate(conversation(messages))]
         if self._template is None:
             from .template import Template
 
@@ -88,9 +89,18 @@ class Text:
         if not self._template.walks_parts:
             for message in plain:
                 if isinstance(message["content"], list):
+                    if any(part["type"] != "text" for part in message["content"]):
+                        raise RequestError(f"the model's chat template has no place for images or audio: {INSTEAD}")
                     message["content"] = "".join(part["text"] for part in message["content"])
         variables = {**self._tokens, "messages": plain, "tools": None, "documents": None, "add_generation_prompt": True}
         return self._template.render(variables)
+
+    def newlines(self) -> list[int]:
+        """The ids of one newline, two in a row, and so on, as far as there is one id for them."""
+        found: list[int] = []
+        while self._encode is not None and len(ids := self._encode("\n" * (len(found) + 1), False)) == 1:
+            found += ids
+        return found
 
     def decoder(self, stop: Sequence[str] = (), skip: Collection[int] = ()) -> Decoder:
         """A decoder for one answer, which ends at the first of `stop` and shows neither special ids nor those in `skip`."""
@@ -241,8 +251,8 @@ def conversation(messages: object) -> Sequence[object]:
     return messages
 
 
-def plain_message(message: object, index: int) -> dict[str, Any]:
-    """A copy of `message` made of plain JSON types, its role and content checked."""
+def plain_message(message: object, index: int, kinds: Collection[str]) -> dict[str, Any]:
+    """A copy of `message` made of plain JSON types, its role and content checked; parts may be text or of `kinds`."""
     where = f"messages[{index}]"
     if not isinstance(message, Mapping):
         raise RequestError(f'{where} is a {type(message).__name__}: give {{"role": ..., "content": ...}}')
@@ -253,8 +263,11 @@ def plain_message(message: object, index: int) -> dict[str, Any]:
     if isinstance(content, list):
         for number, part in enumerate(content):
             kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind in kinds:
+                continue
             if isinstance(kind, str) and kind != "text":
-                raise RequestError(f"{where}.content[{number}] is of type {kind[:40]!r}: this model takes text only")
+                known = " and ".join(("text", *kinds)) if kinds else "text only"
+                raise RequestError(f"{where}.content[{number}] is of type {kind[:40]!r}: this model takes {known}")
             if kind != "text" or not isinstance(part.get("text"), str):
                 raise RequestError(f'{where}.content[{number}] takes {{"type": "text", "text": ...}}')
     elif not isinstance(content, str):
