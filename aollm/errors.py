@@ -3,7 +3,8 @@
 AollmError
 ├── ConfigError          a setting is unknown, malformed or contradicts another
 ├── ModelError           the model folder cannot be used
-│   └── CheckpointError  its weights are missing, truncated or lie about themselves
+│   ├── CheckpointError  its weights are missing, truncated or lie about themselves
+│   └── SpecializationError  the native tier does not compute it; transformers may
 ├── MemoryBudgetError    what was asked for does not fit the memory that was given
 ├── DiskError            a read or write failed, or a file changed while in use
 ├── StoreError           a KV store cannot be opened or continued
@@ -28,6 +29,10 @@ class ModelError(AollmError):
 
 class CheckpointError(ModelError):
     """The weights are missing, truncated, or their header lies."""
+
+
+class SpecializationError(ModelError):
+    """The native tier does not compute this model; the generic tier may, through transformers."""
 
 
 class MemoryBudgetError(AollmError):

@@ -24,9 +24,10 @@ from .stores.persistent import Persistent
 from .stores.pool import BlockPool
 from .stores.presets import PRESETS, Preset
 from .stores.record import VERSION, record_nbytes
-from .stores.records import Records, Shape
+from .stores.records import Records
 from .stores.residency import spill_policy
 from .stores.scratch import Scratch
+from .stores.shape import Shape
 from .stores.volume import Volume
 from .trace import Trace
 
@@ -52,7 +53,7 @@ async def open_cache(
             )
         records, lifecycle = await _records(config, preset, folder, shape, family, checkpoint, disk, trace)
     share = plan.kv_tokens * kv.token_nbytes
-    pool = BlockPool(plan.kv_tokens, plan.max_answers, plan.max_context_tokens, kv.layers, kv.heads, kv.head_dim, kv.dtype)
+    pool = BlockPool(plan.kv_tokens, plan.max_answers, plan.max_context_tokens, shape)
     direct = await anyio.to_thread.run_sync(reads_directly, folder)
     policy = spill_policy(records.record_nbytes if records is not None else 1, share, direct)
     return Cache(
@@ -110,8 +111,10 @@ def cache_state(config: RuntimeConfig, cache: Cache) -> dict[str, Any]:
     rows = [pool.rows(layer) for layer in range(pool.layers)]
     in_memory = {"layer_count": sum(map(bool, rows)), "tokens": max(rows, default=0), "bytes": 2 * pool.row_nbytes * sum(rows)}
     hot = in_memory if preset.residency.mode == "tiered-write-back" else dict.fromkeys(in_memory, 0)
-    stored: dict[int, int] = {}  # tokens by layer
-    for cell in records.placed.values() if records is not None else ():
+    kept, kept_tokens = cache.lifecycle.kept
+    passing = [cell for cell in records.placed.values() if cell.stored is None] if records is not None else []
+    stored = dict.fromkeys(range(pool.layers) if kept else (), kept_tokens)  # tokens by layer
+    for cell in passing:
         if cell.place is not None:
             stored[cell.layer] = stored.get(cell.layer, 0) + cell.place.header.rows
     return {
@@ -131,7 +134,7 @@ def cache_state(config: RuntimeConfig, cache: Cache) -> dict[str, Any]:
         "persisted_layer_count": len(stored),
         "persisted_tokens": max(stored.values(), default=0),
         "persisted_bytes": records.layout.nbytes if records is not None else 0,
-        "persisted_artifact_count": len(records.placed) if records is not None else 0,
+        "persisted_artifact_count": kept + len(passing),
         "compaction_count": writer.compactions if writer is not None else 0,
         "spill_count": writer.spills if writer is not None else 0,
         "spilled_tokens": writer.spilled_tokens if writer is not None else 0,
@@ -140,4 +143,5 @@ def cache_state(config: RuntimeConfig, cache: Cache) -> dict[str, Any]:
         "misses_corrupt": records.corrupt if records is not None else 0,
         "misses_unreadable": records.unreadable if records is not None else 0,
         "reserved_tokens": pool.reserved,
+        "trouble": str(writer.trouble) if writer is not None and writer.trouble is not None else None,
     }

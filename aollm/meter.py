@@ -64,12 +64,13 @@ class Meter:
         """What is known when the answer has ended: seconds, tokens per second, bytes, shares of the time, and the bound."""
         wall = perf_counter() - self.start
         profile = self.runtime.profile(self.start)
-        stall_s = profile["events"].get("stall", {}).get("total_ms", 0.0) / 1e3
+        events, nbytes = (profile["events"], profile["bytes_read"]) if profile else ({}, 0)
+        stall_s = events.get("stall", {}).get("total_ms", 0.0) / 1e3
         return {
             "tokens": self.tokens, "seconds": wall, "tokens_per_second": self.tokens / wall, "first_token_seconds": self.first_s,
-            "passes": self.runtime.engine.passes - self._passes, "bytes_read": profile["bytes_read"],
-            "bytes_read_per_second": profile["bytes_read"] / wall, "stall_share": min(1.0, stall_s / wall),
-            "limiter": profile["limiter"], "fraction_of_bound": profile["fraction_of_bound"],
+            "passes": self.runtime.engine.passes - self._passes, "bytes_read": nbytes,
+            "bytes_read_per_second": nbytes / wall, "stall_share": min(1.0, stall_s / wall),
+            "limiter": profile and profile["limiter"], "fraction_of_bound": profile and profile["fraction_of_bound"],
             "rss_bytes": psutil.Process().memory_info().rss, "memory_bytes": self.runtime.plan.memory, "profile": profile,
         }  # fmt: skip
 
@@ -89,7 +90,7 @@ class Meter:
 
 def opening(runtime: Runtime) -> list[Row]:
     """What is done while a runtime opens: how much of what is to stay in memory has been read."""
-    plan = getattr(runtime, "plan", None)  # made half-way through
+    plan = runtime.planned
     rows = f"opening {runtime.config.model_reference}"
     if plan is not None and plan.pinned_nbytes:
         read = sum(event.nbytes for event in runtime.trace.between(0, perf_counter()) if event.name in READS)

@@ -5,7 +5,8 @@ It is arithmetic on sizes, done before a single weight is read, and either the w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from .experts import Key, slot_nbytes
 from .families.base import Family, Tower
 from .maths.attention import BLOCK
 from .placement import band, ring_nbytes, spread
-from .settings import MAX_ANSWERS, RuntimeConfig
+from .settings import RuntimeConfig
 from .stores.pool import BlockPool
 from .stores.presets import PRESETS
 from .stores.record import record_nbytes
@@ -39,6 +40,15 @@ LEAST_ROWS, KEPT_LAYERS = 32, 4
 """Rows that a pass has at least, and layers of them that are in memory at once, as fresh keys and values, beside everybody's last block."""
 SLACK = 64 << 20
 """For what nobody can count beforehand: thread stacks, the allocator's leftovers, scratch memory of matrix products."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One thing that sets the native tier apart, why it is planned, and what was seen of it in the assembled runtime."""
+
+    id: str
+    reason: str
+    observed: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +86,29 @@ class RuntimePlan:
     chunk_rows: int
     disk_backend: str
     disk_reason: str
+    backend: str = "optimized-native"
+    """Or `transformers-generic`: transformers' own modules."""
+    specialization_state: str = "planned"
+    """`not-planned`, `planned`, `applied` when all passes were seen to hold, or `fallback` from the native tier."""
+    specialization_reason: str | None = None
+    """Why it is not the native tier."""
+    passes: tuple[Pass, ...] = ()
 
     @property
     def pinned(self) -> frozenset[int]:
         """Indices of the pieces that are kept in memory."""
         return frozenset(index for index, place in enumerate(self.placement) if place == "host")
 
+    @property
+    def cache_mode(self) -> str:
+        """Who keeps keys and values, and where: `resident-kv`, `disk-kv` or `transformers-dynamic`."""
+        if self.backend == "transformers-generic":
+            return "transformers-dynamic"
+        return "disk-kv" if PRESETS[self.kv_cache_strategy].layout is not None else "resident-kv"
+
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON has it."""
-        return asdict(self)
+        return {**asdict(self), "cache_mode": self.cache_mode}
 
 
 def make_plan(
@@ -98,12 +122,12 @@ def make_plan(
     kv = kv_share(config, family, ledger.free)
     context, kv_tokens = kv.context, kv.tokens
     max_rows, chunk_rows = _rows(config, family, kv, ledger.free)
-    kv_nbytes = BlockPool.nbytes(kv_tokens, _answers(config), family.kv.layers, family.kv.row_nbytes) + kv.ring_nbytes
-    kv_nbytes += _answers(config) * 2 * family.kv.state_nbytes
+    kv_nbytes = BlockPool.nbytes(kv_tokens, config.max_answers, family.kv.layers, family.kv.row_nbytes) + kv.ring_nbytes
+    kv_nbytes += config.max_answers * 2 * family.kv.state_nbytes
     activations = (
         max_rows * _row_nbytes(family)
         + family.activation_nbytes(chunk_rows) * 5 // 4  # the allocator does not fit them without gaps
-        + _answers(config) * family.vocabulary * (family.dtype.itemsize + 8)
+        + config.max_answers * family.vocabulary * (family.dtype.itemsize + 8)
     )
     sizes, kept_sizes = [piece.nbytes for piece in pieces], [pinned_nbytes(piece) for piece in pieces]
     kept = None if config.offload_cpu_layers is None else band(family.layers, config.offload_cpu_layers, config.offload_cpu_policy)
@@ -146,8 +170,9 @@ def make_plan(
         tower_kept_nbytes=kept_items, experts=len(experts), expert_slots=slots, expert_slot_nbytes=slot,
         ring_nbytes=ring, kv_nbytes_per_token=family.kv.token_nbytes, kv_cache_strategy=config.kv_cache_strategy,
         kv_tokens=kv_tokens, kv_ring_nbytes=kv.ring_nbytes, max_context_tokens=context,
-        max_concurrent_requests=config.max_concurrent_requests, max_answers=_answers(config), max_rows=max_rows, chunk_rows=chunk_rows,
+        max_concurrent_requests=config.max_concurrent_requests, max_answers=config.max_answers, max_rows=max_rows, chunk_rows=chunk_rows,
         disk_backend=disk[0], disk_reason=disk[1],
+        passes=tuple(_passes(config, family, pieces, pinned, tower[0], chunk_rows)),
     )  # fmt: skip
 
 
@@ -194,12 +219,30 @@ def _rows(config: RuntimeConfig, family: Family, kv: KvShare, free: int) -> tupl
     chunk = config.dense_projection_chunk_rows or CHUNK_ROWS
     while config.dense_projection_chunk_rows is None and chunk > 32 and family.activation_nbytes(chunk) > free * ACTIVATION_SHARE:
         chunk //= 2
-    most = max(kv.tokens, _answers(config))
+    most = max(kv.tokens, config.max_answers)
     if kv.on_disk:
         most = max((kv.tokens - min(BLOCK, kv.context)) * family.kv.layers // 16, 32)
-    rows = max(int(free * ACTIVATION_SHARE) // _row_nbytes(family), chunk, _answers(config))
-    rows = max(min(rows, most), _answers(config))
+    rows = max(int(free * ACTIVATION_SHARE) // _row_nbytes(family), chunk, config.max_answers)
+    rows = max(min(rows, most), config.max_answers)
     return (rows // chunk * chunk if rows > chunk else rows), min(chunk, rows)
+
+
+def _passes(
+    config: RuntimeConfig, family: Family, pieces: Sequence[Piece], pinned: frozenset[int], tower: Tower | None, chunk_rows: int
+) -> Iterator[Pass]:  # fmt: skip
+    if PRESETS[config.kv_cache_strategy].layout is not None:
+        yield Pass("disk-cache", f"{config.kv_cache_strategy} writes what does not fit in memory")
+    if pinned:
+        yield Pass("cpu-offload", f"{len(pinned)} of {len(pieces)} pieces stay in memory")
+    yield Pass("mlp-chunking", f"a layer runs in chunks of {chunk_rows} rows")
+    if any(step.experts is not None for step in family.steps):
+        yield Pass("moe-routing", "experts are read when rows were routed to them")
+    if family.kv.layers:
+        yield Pass("attention-replacement", "a history is folded block by block")
+    if tower is not None:
+        yield Pass("multimodal-shell", f"it takes parts of type {tower.kind}")
+    if any(f"{os.sep}gds_export{os.sep}" in extent.file for piece in pieces for extent, _ in piece.reads):
+        yield Pass("gds-export-weights", "weights come from an export")
 
 
 def _tower(tower: Tower | None, pieces: Sequence[Piece], context: int) -> tuple[int, int]:
@@ -209,11 +252,6 @@ def _tower(tower: Tower | None, pieces: Sequence[Piece], context: int) -> tuple[
     shape = tower.largest(context)
     rows = max(tower.rows(torch.empty(shape, device="meta")), KEPT_ROWS)
     return tower_ring_nbytes(pieces) + tower.activation_nbytes(shape), rows * tower.text_hidden * tower.dtype.itemsize
-
-
-def _answers(config: RuntimeConfig) -> int:
-    """Answers that may be in the making at once: one a request, or one request's many."""
-    return max(config.max_concurrent_requests, MAX_ANSWERS)
 
 
 def _row_nbytes(family: Family) -> int:

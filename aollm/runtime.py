@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from time import perf_counter
@@ -14,23 +14,18 @@ from typing import Any, Self
 
 import anyio
 import anyio.to_thread
-import torch
 from anyio.abc import TaskGroup
 
-from .buffers import Arena, size
-from .checkpoint import Checkpoint
+from .buffers import size
+from .checkpoint import read_json
 from .compute import Compute
 from .disk.auto import open_disk
 from .disk.base import Disk
-from .embedding import Embedding
-from .engine import Engine, Limits
-from .errors import ConfigError, DiskError, RequestError, first_of
-from .experts import ExpertCache
-from .families.base import Family
-from .kv import cache_state, open_cache
+from .errors import ConfigError, DiskError, RequestError, SpecializationError, first_of
+from .families import FAMILIES
+from .kv import cache_state
 from .plan import RuntimePlan
 from .port import Port
-from .probe import drive_speed
 from .prompt import Prompt, encode
 from .reference import find
 from .request import FinishReason, Request, Token
@@ -40,11 +35,9 @@ from .settings import GenerationConfig, RuntimeConfig
 from .stores.cache import Cache
 from .stream import Choice, Completion, TokenStream, Usage
 from .survey import survey
-from .sweep import Model
 from .text import Text
-from .towers import Towers
+from .tiers import Carousel, Means, Tier, generates, open_generic, open_native, shielded
 from .trace import Trace, profile
-from .weights import Weights, check_shape, dtype_of
 
 
 class Runtime:
@@ -59,17 +52,40 @@ class Runtime:
         """Use `Runtime.open`. `disk` takes the place of the one that `disk_backend` names."""
         self.config = config
         self.trace = Trace()
-        self.drive_bytes_per_second: float | None = None
-        self.plan: RuntimePlan
-        self.text: Text
-        self.engine: Engine
-        self.cache: Cache
+        self.planned: RuntimePlan | None = None
+        """How the model is about to be run, before the runtime is open."""
+        self._tier: Tier
         self._opened = False
         self._port: Port | None = None
         self._given_disk = disk
         self._group: TaskGroup
         self._numbers = itertools.count()
         self._cleanup = AsyncExitStack()
+
+    @property
+    def plan(self) -> RuntimePlan:
+        """How the model is run."""
+        return self._tier.plan
+
+    @property
+    def text(self) -> Text:
+        """The model's tokenizer and chat template."""
+        return self._tier.text
+
+    @property
+    def engine(self) -> Carousel:
+        """What serves the requests."""
+        return self._tier.engine
+
+    @property
+    def cache(self) -> Cache | None:
+        """Keys and values; None where transformers keeps them."""
+        return self._tier.cache
+
+    @property
+    def drive_bytes_per_second(self) -> float | None:
+        """What the drive was measured to give when the runtime opened; None if no weights are streamed."""
+        return self._tier.drive_bytes_per_second
 
     @classmethod
     def open(cls, model: RuntimeConfig | str | Path, *, disk: Disk | None = None, **fields: Any) -> Runtime:
@@ -127,7 +143,7 @@ class Runtime:
         async def submit() -> Request:
             if not self._opened:
                 raise RequestError("the runtime is not open: ask it inside `async with Runtime.open(...) as runtime`")
-            encoded = await encode(prompt, self.text, self._tower, self._family.vocabulary)
+            encoded = await encode(prompt, self.text, self._tier.tower, self.plan.vocabulary)
             ids = encoded.ids
             room = self.plan.max_context_tokens - len(ids)
             limit = settings.max_new_tokens if settings.context_shift != "stop" else min(settings.max_new_tokens, room)
@@ -138,9 +154,8 @@ class Runtime:
                 )
             if encoded.items and settings.context_shift != "stop":
                 raise RequestError("context_shift: a context with images or sound in it cannot be shifted; use stop")
-            adapter = None if settings.adapter is None else self._adapters.index(settings.adapter)
-            salt = settings.cache_salt if adapter is None else f"{settings.cache_salt}\0{self._adapters.digests[adapter]}"
-            samplers = [Sampler(sampling, self._family.vocabulary, choice) for choice in range(settings.n)]
+            adapter, salt = self._adapter(settings)
+            samplers = [Sampler(sampling, self.plan.vocabulary, choice) for choice in range(settings.n)]
             decoders = [self.text.decoder(settings.stop) for _ in range(settings.n)]
             request = Request(
                 next(self._numbers), ids, limit, self.text.stop_ids, samplers, decoders, self.engine.wake,
@@ -176,14 +191,19 @@ class Runtime:
             await anyio.to_thread.run_sync(self.profile, start), self.cache_state(), self.plan,
         )  # fmt: skip
 
-    def profile(self, start: float, end: float | None = None) -> dict[str, Any]:
-        """The `native_runtime_profile` of an interval of `time.perf_counter()` seconds, up to now unless `end` is given."""
+    def profile(self, start: float, end: float | None = None) -> dict[str, Any] | None:
+        """The `native_runtime_profile` of an interval of `time.perf_counter()` seconds, up to now unless `end` is given.
+
+        None for the generic tier, which has none.
+        """
+        if self.plan.backend == "transformers-generic":
+            return None
         until = perf_counter() if end is None else end
         return profile(self.trace.between(start, until), until - start, self.drive_bytes_per_second)
 
     def cache_state(self) -> dict[str, Any]:
-        """Where KV is kept, and how much of it there is at this moment."""
-        return cache_state(self.config, self.cache)
+        """Where KV is kept, and how much of it there is at this moment; empty where transformers keeps it."""
+        return {} if self.cache is None else cache_state(self.config, self.cache)
 
     def __repr__(self) -> str:
         if not self._opened:
@@ -191,58 +211,52 @@ class Runtime:
         return f"<Runtime {self.plan.family} on {self.plan.disk_backend}, {size(self.plan.streamed_nbytes_per_pass)} read a pass>"
 
     async def _open(self, port: Port) -> None:
-        folder = await find(self.config.model_reference, self.config.models_dir, self.config.force_download)
+        config = self.config
+        folder = await find(config.model_reference, config.models_dir, config.force_download)
         disk, reason = self._given_disk, "as given"
         if disk is None:
-            disk, reason = open_disk(self.config.disk_backend, port, folder)
-            self._cleanup.push_async_callback(_shielded, disk.aclose)
+            disk, reason = open_disk(config.disk_backend, port, folder)
+            self._cleanup.push_async_callback(shielded, disk.aclose)
         compute = Compute(port, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
         self._cleanup.callback(compute.close)
-        found = await survey(self.config, folder, disk, reason)
-        self.text, self.plan, self._family, self._tower, self._adapters = found.text, found.plan, found.family, found.tower, found.adapters
-        family, plan = found.family, found.plan
-        weights = Weights(found.pieces, plan.pinned, plan.ring_nbytes, disk, self.trace)
-        experts = ExpertCache(found.experts, plan.expert_slots, plan.expert_slot_nbytes, disk, self.trace)
-        self._cleanup.callback(experts.forget)
-        self.cache = await open_cache(self.config, plan, folder, family, found.checkpoint, disk, self.trace)
-        self._cleanup.callback(self.cache.pool.forget)
-        self._cleanup.push_async_callback(_shielded, self.cache.aclose)
-        if weights.streamed:
-            self.drive_bytes_per_second = await drive_speed(disk, weights.streamed_extents, weights.ring)
-        self._cleanup.callback(weights.forget)
-        await weights.pin()
-        norm = await _read_norm(family, found.checkpoint, disk)
-        embedding = Embedding(found.checkpoint[family.embedding], family, weights, disk, compute, self.trace)
-        self._cleanup.callback(embedding.forget)
-        if "pinned embedding" in plan.ledger:
-            await embedding.pin()
-        model = Model(family, weights, experts, norm, self.cache, found.adapters, plan.chunk_rows, self.trace, port.post)
-        limits = Limits(plan.max_rows, plan.max_concurrent_requests, plan.max_answers, plan.max_context_tokens)
-        towers = Towers(found.tower_pieces, plan.tower_kept_nbytes, disk, compute, self.trace)
-        self._cleanup.callback(towers.forget)
-        self.engine = Engine(model, embedding, towers, compute, limits)
+        self._tier = await self._open_tier(Means(config, folder, disk, compute, port, self.trace), reason)
         self._group.start_soon(self.engine.run)
-        self._group.start_soon(self.cache.run)
+        if self._tier.cache is not None:
+            self._group.start_soon(self._tier.cache.run)
         self._opened = True
+
+    async def _open_tier(self, means: Means, reason: str) -> Tier:
+        """The native tier where it can, else the generic one, unless that was ruled out."""
+        described = await read_json(means.folder / "config.json")
+        state, why = "not-planned", "as asked for"
+        if self.config.backend != "transformers-generic" and self.config.use_specialization:
+            try:
+                async with AsyncExitStack() as attempt:
+                    found = await survey(self.config, means.folder, means.disk, reason)
+                    self.planned = found.plan
+                    tier = await open_native(means, found, attempt)
+                    self._cleanup.push_async_callback(attempt.pop_all().aclose)
+                    return tier
+            except SpecializationError as error:
+                if self.config.backend == "optimized-native" or not await anyio.to_thread.run_sync(generates, described):
+                    raise
+                state, why = "fallback" if described.get("model_type") in FAMILIES else "not-planned", str(error)
+        return await open_generic(means, described, why, state, self._cleanup)
+
+    def _adapter(self, settings: GenerationConfig) -> tuple[int | None, str]:
+        """The number of the adapter that was asked for, and what keeps its keys and values apart from others'."""
+        if settings.adapter is None:
+            return None, settings.cache_salt
+        if (adapters := self._tier.adapters) is None:
+            raise RequestError("adapter: this model runs through transformers, which has no adapters here")
+        number = adapters.index(settings.adapter)
+        return number, f"{settings.cache_salt}\0{adapters.digests[number]}"
 
     def _post(self, call: Callable[[], object]) -> None:
         if self._port is not None:
             self._port.post(call)
 
 
-async def _read_norm(family: Family, checkpoint: Checkpoint, disk: Disk) -> torch.Tensor:
-    entry = checkpoint[family.norm]
-    check_shape(entry, (family.hidden,))
-    arena = Arena(entry.extent.nbytes, huge=False)
-    await disk.read_into([entry.extent], [arena.bytes[: entry.extent.nbytes]])
-    return arena.tensor(0, dtype_of(entry), entry.shape).to(family.dtype)
-
-
 def _choice(tokens: Sequence[Token]) -> Choice:
     reason = tokens[-1].finish_reason if tokens else None
     return Choice("".join(token.text for token in tokens), tuple(token.id for token in tokens), reason or FinishReason.CANCELLED)
-
-
-async def _shielded(close: Callable[[], Awaitable[None]]) -> None:
-    with anyio.CancelScope(shield=True):
-        await close()

@@ -22,7 +22,8 @@ from .stream import TokenStream
 class Host(Protocol):
     """What answers a session's turns: a runtime."""
 
-    cache: Cache
+    @property
+    def cache(self) -> Cache | None: ...
 
     def stream(
         self,
@@ -79,8 +80,8 @@ class Session:
     def branch(self) -> Session:
         """Another session with the same conversation, that shares what is kept until the two differ. Between turns."""
         twin = Session(self._runtime, self.messages)
-        if self.store is not None and not self.store.closed:
-            twin.store = self._runtime.cache.branch(self.store)
+        if (cache := self._runtime.cache) is not None and self.store is not None and not self.store.closed:
+            twin.store = cache.branch(self.store)
         return twin
 
     async def aclose(self) -> None:

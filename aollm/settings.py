@@ -69,6 +69,7 @@ class RuntimeConfig(_Settings):
 
     A model of the Hub is downloaded into `models_dir`, None being huggingface_hub's own cache; what is whole there is not
     fetched again without `force_download`.
+    `backend` names a tier, `auto` is the native one where it can, unless not `use_specialization`, else transformers'.
     `offload_cpu_layers` keeps just so many layers in memory, chosen by `offload_cpu_policy`; None keeps as much as fits.
     Without `multimodal` a model's towers for images or sound are left out, and memory is not set aside for them.
     `adapter_dir` is a LoRA adapter's folder, or one with such folders in it, or folders by name; requests choose by name.
@@ -78,6 +79,8 @@ class RuntimeConfig(_Settings):
     """
 
     model_reference: str
+    backend: Literal["auto", "optimized-native", "transformers-generic"] = "auto"
+    use_specialization: bool = True
     models_dir: Annotated[Path, BeforeValidator(_path)] | None = None
     force_download: bool = False
     memory: Size | None = None
@@ -99,12 +102,19 @@ class RuntimeConfig(_Settings):
     offload_cpu_layers: int | None = Field(None, ge=0)
     offload_cpu_policy: Literal["auto", "prefix", "suffix", "middle-band"] = "auto"
 
+    @property
+    def max_answers(self) -> int:
+        """Answers that may be in the making at once: one a request, or one request's many."""
+        return max(self.max_concurrent_requests, MAX_ANSWERS)
+
     @classmethod
     def of(cls, model: RuntimeConfig | str | Path, values: dict[str, Any]) -> RuntimeConfig:
         """A configuration from a model's reference, or from another configuration, changed by `values`."""
         base = dict(model) if isinstance(model, RuntimeConfig) else {"model_reference": str(model)}
         config = cls.given(ConfigError, {**base, **values})
         preset = PRESETS[config.kv_cache_strategy]
+        if config.backend == "optimized-native" and not config.use_specialization:
+            raise ConfigError("use_specialization: the backend optimized-native is the specialized one; leave out one of the two")
         if preset.windowed != (config.kv_cache_window_tokens is not None):
             names = ", ".join(name for name, other in PRESETS.items() if other.windowed)
             raise ConfigError(

@@ -122,6 +122,6 @@ class Completion:
     finish_reason: str
     usage: Usage
     choices: tuple[Choice, ...]
-    profile: dict[str, Any]
+    profile: dict[str, Any] | None
     cache_state: dict[str, Any]
     plan: Any

@@ -14,7 +14,7 @@ import torch
 from .adapters import Adapters, load_adapters
 from .checkpoint import Checkpoint, open_checkpoint, read_json
 from .disk.base import Disk
-from .errors import ModelError
+from .errors import ModelError, SpecializationError
 from .experts import Key
 from .families import FAMILIES, TOWERS
 from .families.base import Family, Tower
@@ -77,7 +77,7 @@ def build_family(config: Mapping[str, Any], checkpoint: Checkpoint) -> Family:
     """The family that `config.json` names, with the dtype of the stored weights."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ModelError(f"config.json: model_type {kind!r} is not known; known are {', '.join(FAMILIES)}")
+        raise SpecializationError(f"config.json: model_type {kind!r} is not known; known are {', '.join(FAMILIES)}")
     entry = next((checkpoint[name] for name in checkpoint.tensors if name.endswith(EMBEDDING)), None)
     if entry is None:
         raise ModelError(f"the checkpoint has no embedding table (…{EMBEDDING}); it is not a whole model")

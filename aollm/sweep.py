@@ -104,7 +104,7 @@ def sweep(model: Model, batch: Batch, x: Tensor) -> Generator[Wait, Any, tuple[B
         start = perf_counter()
         try:
             if piece.step is not None:
-                x, start = yield from _timed(model, piece, batch, _step(model, piece.step, weights, batch, x, angles, mask))
+                x, start = yield from _timed(model, piece, batch, run_step(model, piece.step, weights, batch, x, angles, mask))
             else:
                 if piece.first_row == 0:
                     ends = [segment.first + segment.rows - 1 for segment in batch.segments if segment.ends_input]
@@ -139,7 +139,7 @@ def _computed(piece: Piece, batch: Batch, start: float) -> Event:
     return Event("compute", start, perf_counter(), piece.layer, rows=len(batch), label=piece.label)
 
 
-def _step(
+def run_step(
     model: Model, step: Step, weights: Params, batch: Batch, x: Tensor, angles: Angles, mask: Tensor | None
 ) -> Generator[Wait, Any, Tensor]:  # fmt: skip
     """One step for all rows, `chunk_rows` at a time: what the step needs besides x does not grow with the prompt."""

@@ -22,7 +22,7 @@ from .ahead import Ahead
 from .buffers import PAGE, Arena, Lease, Ring, pages
 from .checkpoint import Checkpoint, TensorEntry
 from .disk.base import Disk, Extent
-from .errors import CheckpointError, ModelError, first_of
+from .errors import CheckpointError, ModelError, SpecializationError, first_of
 from .families.base import Family, Need, Params, Step
 from .trace import Event, EventName, Trace
 
@@ -128,7 +128,7 @@ def pinned_nbytes(piece: Piece) -> int:
 def dtype_of(entry: TensorEntry) -> torch.dtype:
     """The torch dtype of a tensor; `ModelError` for one that is not read."""
     if entry.dtype not in DTYPES:
-        raise ModelError(f"{entry.name} is stored as {entry.dtype}; weights of {', '.join(DTYPES)} can be streamed")
+        raise SpecializationError(f"{entry.name} is stored as {entry.dtype}; weights of {', '.join(DTYPES)} can be streamed")
     return DTYPES[entry.dtype]
 
 
@@ -256,7 +256,9 @@ def _stacked_dtype(entries: Sequence[TensorEntry], need: Need, dtype: torch.dtyp
         raise ModelError(f"{first.name} is stored as {first.dtype}, which is not what config.json says of its quantization")
     mixed = any(entry.dtype != first.dtype for entry in entries)
     if mixed or (found != dtype and len(need.shape) > 1 and need.dtype is None):
-        raise ModelError(f"{first.name} is stored as {first.dtype} where others are not; weights of mixed dtypes are not supported")
+        raise SpecializationError(
+            f"{first.name} is stored as {first.dtype} where others are not; weights of mixed dtypes are not supported"
+        )
     return found
 
 

@@ -20,7 +20,7 @@ ROWS = [
     "maths sampling compute",
     "families stores",
     "placement weights experts adapters item mixing towers embedding request batch itinerary drawing sweep gathering shift engine stream generic",
-    "demo text media settings prompt download hub reference selector plan survey kv session runtime",
+    "demo text media settings prompt download hub reference selector plan survey kv passes tiers session runtime",
     "terminal lanes meter client inference server bench commands cli __main__",
 ]
 ORDER = [room for row in ROWS for room in row.split()]

@@ -190,6 +190,7 @@ BAD_IMAGES: dict[str, tuple[Any, str]] = {
     "no image": (image(b"GIF but not really" * 40), "cannot be decoded.*send a whole PNG"),
     "text": (image(uri(b"hello")), "cannot be decoded"),
     "postscript": (image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"), "cannot be decoded"),
+    "a format that is not tried": (image(saved(Image.fromarray(PIXELS), "TGA")), "cannot be decoded"),
     "truncated png": (image(PNG[:-60]), "cannot be decoded"),
     "truncated jpeg": (image(saved(Image.fromarray(PIXELS), "JPEG")[:-200]), "cannot be decoded"),
     "half a header": (image(PNG[:20]), "cannot be decoded"),

@@ -409,4 +409,4 @@ def test_what_a_step_needs_is_foretold(dtype: torch.dtype, hidden: int, wide: in
     for tower, data in ((eye, picture(9, 9)), (ear, sound(1000)), (ear, sound(100_000))):
         prepared = tower.prepare(data)
         used = most_nbytes(tower, prepared)
-        assert used <= tower.activation_nbytes(prepared.shape) <= 2.5 * used
+        assert used <= tower.activation_nbytes(prepared.shape) <= 3.5 * used

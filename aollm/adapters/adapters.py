@@ -113,7 +113,9 @@ class Adapters:
         for name, factors in found.items():
             low, high = factors.starts[used[0]], factors.starts[used[-1] + 1]
             if low < high:
-                deltas[name] = Delta(factors.down[:, low:high].t(), factors.up[low:high].t(), mask.index_select(1, factors.owners[low:high]))
+                deltas[name] = Delta(
+                    factors.down[:, low:high].t(), factors.up[low:high].t(), mask.index_select(1, factors.owners[low:high])
+                )
         return deltas
 
     def __len__(self) -> int:

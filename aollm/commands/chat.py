@@ -152,9 +152,9 @@ class Chat:
     def _save(self, name: str) -> None:
         self._write(name)
         kept = f"saved {count(len(self.messages), 'message')} in {name}"
-        if self._runtime.cache.lifecycle.persistent:
+        if (cache := self._runtime.cache) is not None and cache.lifecycle.persistent:
             self._begin(self.messages)  # with the end of a session its last, incomplete block is stored too
-            self._portal.call(self._runtime.cache.flush)
+            self._portal.call(cache.flush)
             if self._runtime.cache_state()["persisted_tokens"]:  # a few tokens are not worth a file
                 kept += f", its KV cache in {self._runtime.config.cache_dir}"
         self._terminal.say([(kept, "dim")])

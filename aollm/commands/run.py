@@ -60,7 +60,7 @@ class Answer:
         for number, tokens in enumerate(self.tokens[1:], 2):
             self.terminal.text(f"\n--- {number} of {len(self.tokens)} ---\n{''.join(token.text for token in tokens)}\n")
         self.terminal.say(meter.summary())
-        if request is not None and meter.runtime.cache.lifecycle.persistent:
+        if request is not None and meter.runtime.config.kv_cache_lifecycle == "persistent":
             self.terminal.say([(reused(request), "dim")])
 
     def _as_dict(self, meter: Meter) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import ModelError, SpecializationError
 from ..maths.layers import ACTIVATIONS, rms_norm_about_one
 from ..maths.rope import Rope, rotate
 from .base import Angles, Attend, KvShape, Need, Params, Step, Work, count, gated_mlp, head_name, layer_kinds, positive, section
@@ -40,10 +40,10 @@ class Gemma3:
         self.scale = positive(own, "query_pre_attn_scalar", 256) ** -0.5
         act = own.get("hidden_activation") or "gelu_pytorch_tanh"
         if not isinstance(act, str) or act not in ACTIVATIONS:
-            raise ModelError(f"config.json: hidden_activation {act!r} is not known; known are {', '.join(ACTIVATIONS)}")
+            raise SpecializationError(f"config.json: hidden_activation {act!r} is not known; known are {', '.join(ACTIVATIONS)}")
         for key in ("attention_bias", "use_bidirectional_attention", "attn_logit_softcapping", "final_logit_softcapping"):
             if own.get(key):
-                raise ModelError(f"config.json: {key} {own[key]!r} is not computed here")
+                raise SpecializationError(f"config.json: {key} {own[key]!r} is not computed here")
         self.act = ACTIVATIONS[act]
         self.dtype = dtype
         every = count(own, "sliding_window_pattern", 6, most=4096)

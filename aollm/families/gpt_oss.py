@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import ModelError, SpecializationError
 from ..maths.layers import rms_norm_in_float
 from ..maths.mxfp4 import mxfp4_linear
 from ..maths.rope import Rope, rotate
@@ -153,5 +153,5 @@ def _is_packed(config: Mapping[str, Any]) -> bool:
         return False
     method = section(config, "quantization_config").get("quant_method")
     if method != "mxfp4":
-        raise ModelError(f"config.json: quantization {method!r} is not read here; mxfp4 is, and weights that are not quantized")
+        raise SpecializationError(f"config.json: quantization {method!r} is not read here; mxfp4 is, and weights that are not quantized")
     return True

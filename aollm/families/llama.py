@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import ModelError, SpecializationError
 from ..maths.layers import ACTIVATIONS, rms_norm
 from ..maths.rope import Rope, rotate
 from .base import Angles, Attend, KvShape, Need, Params, Step, Work, count, gated_mlp, head_name, layer_kinds, positive
@@ -49,6 +49,10 @@ def _qwen_window(config: Mapping[str, Any], layer: int) -> int | None:
     return window if layer >= full else None
 
 
+def _qwen_moe_window(config: Mapping[str, Any], layer: int) -> int | None:
+    return count(config, "sliding_window", 4096, most=1 << 30) if config.get("use_sliding_window") else None
+
+
 def _mixtral_experts(config: Mapping[str, Any], layer: int) -> Mixture:
     names = ExpertNames("block_sparse_moe.gate", "block_sparse_moe.experts", ("w1", "w3", "w2"))
     return Mixture.from_config(config, names, "intermediate_size", renormalise=True)
@@ -67,7 +71,7 @@ VARIANTS: dict[str, Variant] = {
     "mixtral": Variant(qkv_bias=False, window=_mistral_window, theta=1_000_000.0, mixture=_mixtral_experts),
     "qwen2": Variant(qkv_bias=True, window=_qwen_window),
     "qwen3": Variant(head_norms=True, window=_qwen_window),
-    "qwen3_moe": Variant(head_norms=True, window=_qwen_window, mixture=_qwen_experts),
+    "qwen3_moe": Variant(head_norms=True, window=_qwen_moe_window, mixture=_qwen_experts),
 }
 
 
@@ -89,7 +93,7 @@ class Llama:
         self.eps = positive(config, "rms_norm_eps", 1e-6)
         act = config.get("hidden_act", "silu")
         if not isinstance(act, str) or act not in ACTIVATIONS:
-            raise ModelError(f"config.json: hidden_act {act!r} is not known; known are {', '.join(ACTIVATIONS)}")
+            raise SpecializationError(f"config.json: hidden_act {act!r} is not known; known are {', '.join(ACTIVATIONS)}")
         self.act = ACTIVATIONS[act]
         self.rope = Rope.from_config(config, self.head_dim, variant.theta)
         self.dtype = dtype

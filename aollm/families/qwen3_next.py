@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import ModelError
+from ..errors import ModelError, SpecializationError
 from ..maths.delta import causal_conv, gated_delta
 from ..maths.layers import ACTIVATIONS, rms_norm, rms_norm_about_one
 from ..maths.rope import Rope, rotate
@@ -45,7 +45,7 @@ class Qwen3Next:
         self.eps = positive(config, "rms_norm_eps", 1e-6)
         act = config.get("hidden_act", "silu")
         if not isinstance(act, str) or act not in ACTIVATIONS:
-            raise ModelError(f"config.json: hidden_act {act!r} is not known; known are {', '.join(ACTIVATIONS)}")
+            raise SpecializationError(f"config.json: hidden_act {act!r} is not known; known are {', '.join(ACTIVATIONS)}")
         self.act = ACTIVATIONS[act]
         self.rope = Rope.from_config({"partial_rotary_factor": 0.25, **config}, self.head_dim)
         self.dtype = dtype

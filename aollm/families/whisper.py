@@ -140,7 +140,7 @@ class Whisper:
         ends = max(4 * chunks * mels * frames + chunks * one, 2 * chunks * one, chunks * (one + self.tokens * self.text_hidden * item))
         first = mels * frames * item + 5 * self.hidden * frames * item + self.positions * self.hidden * 8
         layer = self.positions * item * max(9 * self.hidden, 3 * self.hidden + 2 * self.intermediate)
-        last = 2 * one + 4 * self.tokens * self.text_hidden * item
+        last = 2 * one + 6 * self.tokens * self.text_hidden * item
         return ends + max(first, layer, last)
 
     def frames(self, w: Params, x: Tensor, angles: Angles) -> Work:
@@ -243,13 +243,15 @@ def by_chunk(run: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
     count = x.shape[0] // size
     if count == 1:
         return run(x)
-    out: Tensor | None = None
-    for at, part in enumerate(x.chunk(count)):
-        y = run(part)
-        if out is None:
-            out = y.new_empty(count * y.shape[0], *y.shape[1:])
-        out[at * y.shape[0] : (at + 1) * y.shape[0]] = y
-    return x if out is None else out
+    parts = x.chunk(count)
+    y = run(parts[0])
+    rows = y.shape[0]
+    out = y.new_empty(count * rows, *y.shape[1:])
+    out[:rows] = y
+    del y  # before the next chunk needs its room
+    for at in range(1, count):
+        out[at * rows : (at + 1) * rows] = run(parts[at])
+    return out
 
 
 def mel_filters(count: int) -> Tensor:

@@ -111,7 +111,9 @@ def _look_up(weights: Tensor, blocks: Tensor, scales: Tensor) -> None:
 
 
 def _check(blocks: Tensor, scales: Tensor) -> None:
-    fits = blocks.dtype == scales.dtype == torch.uint8 and blocks.dim() >= 3 and blocks.shape == (*scales.shape, 16)
+    fits = (
+        blocks.dtype == scales.dtype == torch.uint8 and blocks.dim() >= 3 and blocks.shape == (*scales.shape, 16) and blocks.shape[-2] > 0
+    )
     if not fits:
         raise CheckpointError(
             f"MXFP4 weights must be uint8 blocks [..., out, in/32, 16] with uint8 scales [..., out, in/32], found "

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import ModelError, SpecializationError
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Rope:
             given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
             kind = given.get("rope_type", given.get("type", "default"))
             if not isinstance(kind, str) or kind not in _KINDS:
-                raise ModelError(f"config.json: rope type {kind!r} is not known; known are {', '.join(_KINDS)}")
+                raise SpecializationError(f"config.json: rope type {kind!r} is not known; known are {', '.join(_KINDS)}")
             base = float(given.get("rope_theta") or config.get("rope_theta") or theta)
             context = int(config.get("max_position_embeddings") or 2048)
             given.setdefault("original_max_position_embeddings", config.get("original_max_position_embeddings") or context)

@@ -6,7 +6,8 @@ cells lie, and which requests the sequences belong to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import anyio.lowlevel
 import anyio.to_thread
@@ -14,12 +15,12 @@ import anyio.to_thread
 from ..buffers import PAGE, Ring
 from ..errors import StoreError
 from ..maths.attention import BLOCK
-from .cell import Cell
+from .cell import Cell, copied
 from .lifecycle import Lifecycle
 from .memory import Memory
-from .pool import BlockPool
+from .pool import BlockPool, Slot
 from .record import DamageError
-from .records import Records
+from .records import Loaded, Records
 from .residency import Residency, SpillPolicy
 from .store import Store
 from .writer import Writer
@@ -48,6 +49,8 @@ class Cache:
         """Stores that sessions keep while nothing is asked of them, the longest idle first."""
         self.freed: Callable[[], None] = lambda: None
         """Called when memory was given back."""
+        self.compute: Callable[..., Awaitable[Any]] = anyio.to_thread.run_sync
+        """Runs a function where torch may compute and slots are filled."""
         self._stores: dict[int, Store] = {}
         self._numbers = 0
 
@@ -105,19 +108,13 @@ class Cache:
             length = store.length(layer)
             if self.records is None or not length % BLOCK:
                 continue
-            cell = store.cells(layer, length - 1)[0]
-            if cell.writable:
-                continue
-            if cell.slot is None:
-                loaded = await self.records.read_apart(cell)
-                keys, values = await anyio.to_thread.run_sync(loaded.decode)
-            else:
-                keys, values = cell.slot.keys, cell.slot.values
-            own = Cell(layer, cell.index, self.pool.take(), length % BLOCK)
-            assert own.slot is not None
-            own.slot.keys[: own.rows], own.slot.values[: own.rows] = keys[: own.rows], values[: own.rows]
-            self.pool.fill(layer, own.rows)
-            self.memory.disown([store.replace(layer, cell.index, own)])
+            while not (cell := store.cells(layer, length - 1)[0]).writable:
+                source = cell.slot or await self.records.read_apart(cell)
+                own = await self.compute(_own, self.pool, cell, length % BLOCK, source)
+                if isinstance(source, Slot) and cell.slot is not source:  # it left memory while it was copied
+                    self.memory.forget([own])
+                else:
+                    self.memory.disown([store.replace(layer, cell.index, own)])
 
     async def missed(self, store: Store, position: int, reason: StoreError) -> None:
         """What is stored of `store` at `position` could not be read. If that is because it is damaged, nobody is to find it again."""
@@ -254,3 +251,8 @@ class Cache:
         self.pool.release(store.reserved)
         store.reserved = 0
         self.freed()
+
+
+def _own(pool: BlockPool, cell: Cell, rows: int, source: Slot | Loaded) -> Cell:
+    keys, values = source.decode() if isinstance(source, Loaded) else (source.keys, source.values)
+    return copied(pool, cell, keys[:rows], values[:rows])

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from ..maths.attention import BLOCK
-from .pool import Slot
+from .pool import BlockPool, Slot
 from .record import Place
 
 
@@ -72,3 +74,11 @@ def runs(cells: Sequence[Cell], most_nbytes: int) -> Iterator[Run]:
         yield Run((cell,))
     if cold:
         yield Run(tuple(cold))
+
+
+def copied(pool: BlockPool, cell: Cell, keys: Tensor, values: Tensor) -> Cell:
+    """A cell like `cell` that is in memory and has these rows [R, K, D]. For the compute thread."""
+    slot, rows = pool.take(), keys.shape[0]
+    slot.keys[:rows], slot.values[:rows] = keys, values
+    pool.fill(cell.layer, rows)
+    return Cell(cell.layer, cell.index, slot, rows)

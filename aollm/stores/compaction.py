@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 
+from ..buffers import PAGE
 from .lifecycle import Lifecycle
-from .record import PAGE, Place, unpack
+from .record import Place, unpack
 from .records import Records
 
 

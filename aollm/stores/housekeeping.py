@@ -11,13 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from ..buffers import PAGE
 from ..disk.calls import SYSTEM, Calls
 from ..disk.folder import Folder
 from ..disk.owner import check_file
 from ..disk.trouble import folder_error
 from ..errors import AollmError
 from .node import Node
-from .record import PAGE, DamageError, Place
+from .record import DamageError, Place
 from .record import verify as verify_record
 from .scratch import PREFIX
 from .shelf import LOCK, read_identity, read_manifest, shelves, volumes, whole

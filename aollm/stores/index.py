@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
-from .node import ID_NBYTES, Node, digest, pack_ids
+from .node import Node, common, digest, pack_ids
 
 REMEMBERED = 65_536
 """Digests of removed nodes that are kept, 16 bytes each, to say of a miss that it was evicted."""
@@ -89,13 +89,13 @@ class Index:
         tokens, parent = 0, root
         while tokens < len(ids):
             wanted = pack_ids(ids[tokens : tokens + self._block])
-            best, common = _nearest(self._children.get(parent, []), wanted)
-            if beside is not None and (other := _nearest(beside._children.get(parent, []), wanted))[1] > common:
-                best, common = other
-            if best is not None and common:
+            best, alike = _nearest(self._children.get(parent, []), wanted)
+            if beside is not None and (other := _nearest(beside._children.get(parent, []), wanted))[1] > alike:
+                best, alike = other
+            if best is not None and alike:
                 path.append(best)
-                tokens += common
-            if best is None or common < best.rows:
+                tokens += alike
+            if best is None or alike < best.rows:
                 reason = None if tokens == len(ids) else self._reason(tokens, bool(path), best, digest(parent, wanted))
                 return Found(path, tokens, reason)
             parent = best.digest
@@ -148,18 +148,6 @@ def _nearest(siblings: list[Node], wanted: bytes) -> tuple[Node | None, int]:
     at = bisect_left(siblings, wanted, key=_by_ids)
     best, most = None, -1
     for node in siblings[max(at - 1, 0) : at + 1]:
-        if (common := _common(node.ids, wanted)) > most:
-            best, most = node, common
+        if (alike := common(node.ids, wanted)) > most:
+            best, most = node, alike
     return best, most
-
-
-def _common(first: bytes, second: bytes) -> int:
-    """Tokens that two texts of ids begin with alike."""
-    low, high = 0, min(len(first), len(second)) // ID_NBYTES
-    while low < high:
-        middle = (low + high + 1) // 2
-        if first[low * ID_NBYTES : middle * ID_NBYTES] == second[low * ID_NBYTES : middle * ID_NBYTES]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

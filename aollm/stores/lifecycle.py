@@ -38,6 +38,11 @@ class Lifecycle(Protocol):
     tends_every_s: float
     """Seconds after which `tend` has work even if nothing was written."""
 
+    @property
+    def kept(self) -> tuple[int, int]:
+        """Records of keys and values that are stored for good, and the tokens that these are of."""
+        ...
+
     def root(self, salt: str) -> bytes:
         """What the digests of sequences with `salt` begin with."""
         ...
@@ -87,6 +92,7 @@ class RuntimeScoped:
     """Nothing outlives the runtime."""
 
     name, persistent, tends_every_s = "runtime-scoped", False, math.inf
+    kept = 0, 0
 
     def root(self, salt: str) -> bytes:
         """No digests are needed."""

@@ -13,11 +13,12 @@ import struct
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..buffers import PAGE
 from ..disk.base import Extent
 from ..errors import StoreError
 from .identity import Identity, canonical, strict_json, texts
 from .node import DIGEST_NBYTES, ID_NBYTES, Node, digest
-from .record import HEADER_NBYTES, MAGIC, PAGE, Header, Kind, Place, payload_sum, record_nbytes, unpack
+from .record import HEADER_NBYTES, MAGIC, Header, Kind, Place, payload_sum, record_nbytes, unpack
 
 VERSION = 1
 MAX_PAYLOAD = 4 << 20

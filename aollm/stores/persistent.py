@@ -18,13 +18,14 @@ import anyio.to_thread
 import torch
 from torch import Tensor
 
+from ..buffers import PAGE
 from ..maths.attention import BLOCK, first_seen
 from .cell import Cell
 from .codec import raw_bytes
 from .index import Found
 from .lifecycle import Prefix
 from .node import Node, digest, pack_ids, root
-from .record import PAGE, DamageError, Kind, Place, payload_sum
+from .record import DamageError, Kind, Place, payload_sum
 from .records import NOBODY, Item, Records
 from .retention import excess
 from .store import Store
@@ -45,6 +46,12 @@ class Persistent:
         self._used: dict[bytes, Node] = {}  # since the last sync
         self.tends_every_s = math.inf if max_age_s is None else min(max_age_s / 4, 60)
         self._tended, self._tended_at = (0, 0), -math.inf
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """Of the volume's own blocks, but for those that only their ids are left of."""
+        nodes = [node for node in self._volume.index.nodes() if node.places]
+        return sum(len(node.places) for node in nodes), sum(node.rows for node in nodes)
 
     def root(self, salt: str) -> bytes:
         """A digest of the model's identity and the salt."""
@@ -219,7 +226,7 @@ class Persistent:
             except DamageError:
                 await self.damaged(place.header.block)
                 raise
-            found.append(torch.frombuffer(record, dtype=torch.float32, offset=PAGE, count=math.prod(shape)).view(shape).clone())
+            found.append(torch.frombuffer(record, dtype=torch.float32, offset=PAGE, count=math.prod(shape)).view(shape))
         return tokens, found
 
     async def sync(self) -> None:

@@ -10,11 +10,11 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..buffers import PAGE, Arena, pages
 from ..maths.attention import BLOCK
+from .shape import Shape
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -27,29 +27,28 @@ class Slot:
 
 
 class BlockPool:
-    """Slots for `heads` × `head_dim` keys and values in `layers` layers; at most `tokens` tokens of them are ever filled.
+    """Slots for keys and values of `shape`; at most `tokens` tokens of each layer are ever filled.
 
     `sequences` bounds how many sequences there can be at once, and `longest` the tokens of each: one may leave its last
     block half empty. The compute thread takes and fills slots, the event loop gives them back.
     """
 
-    def __init__(self, tokens: int, sequences: int, longest: int, layers: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        self.layers, self.heads, self.head_dim, self.dtype = layers, heads, head_dim, dtype
-        self.tokens = tokens
+    def __init__(self, tokens: int, sequences: int, longest: int, shape: Shape) -> None:
+        self.shape, self.layers, self.tokens = shape, shape.layers, tokens
         self.reserved = 0
         self.lock = threading.Lock()
         """Held while owners are counted."""
-        self._shape = (min(BLOCK, longest), heads, head_dim)
-        self._half = pages(self._shape[0] * heads * head_dim * dtype.itemsize)
-        slots = layers * (tokens // self._shape[0] + 2 * sequences + 1)
+        rows = min(BLOCK, longest)
+        self._half = pages(rows * shape.row_nbytes)
+        slots = shape.layers * (tokens // rows + 2 * sequences + 1)
         self._arena = Arena(slots * 2 * self._half, huge=False)
         # All views now: made one by one in the compute thread they would lie scattered over the memory that a pass frees again,
         # and keep the allocator from using it for the next layer.
-        everything = self._arena.tensor(0, dtype, (slots, 2, self._half // dtype.itemsize))
-        rows, size = self._shape[0], self._shape[0] * heads * head_dim
-        halves = everything[:, :, :size].view(slots, 2, rows, heads, head_dim)  # [slots, 2, S, K, D]
+        everything = self._arena.tensor(0, shape.dtype, (slots, 2, self._half // shape.dtype.itemsize))
+        size = rows * shape.heads * shape.head_dim
+        halves = everything[:, :, :size].view(slots, 2, rows, shape.heads, shape.head_dim)  # [slots, 2, S, K, D]
         self._free = [Slot(index, keys, values) for index, (keys, values) in enumerate(halves.unbind(0))]
-        self._filled, self._emptied = [0] * layers, [0] * layers  # rows; each list has one thread that writes it
+        self._filled, self._emptied = [0] * shape.layers, [0] * shape.layers  # rows; each list has one thread that writes it
 
     @staticmethod
     def nbytes(tokens: int, sequences: int, layers: int, row_nbytes: int) -> int:
@@ -89,7 +88,7 @@ class BlockPool:
     @property
     def row_nbytes(self) -> int:
         """Bytes of one row of keys."""
-        return self.heads * self.head_dim * self.dtype.itemsize
+        return self.shape.row_nbytes
 
     @property
     def all_rows(self) -> int:

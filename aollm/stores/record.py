@@ -14,10 +14,10 @@ from enum import IntEnum
 
 import xxhash
 
+from ..buffers import PAGE, pages
 from ..disk.base import Extent
 from ..errors import StoreError
 
-PAGE = 4096
 MAGIC = b"aoKV"
 VERSION = 1
 HEADER = struct.Struct("<4sHBB16s16sQQiIIIQ24sQQ")
@@ -75,7 +75,7 @@ class Place:
 
 def record_nbytes(payload_nbytes: int) -> int:
     """Bytes of a record on disk: a page for the header, and the payload's whole pages."""
-    return PAGE + -(-payload_nbytes // PAGE) * PAGE
+    return PAGE + pages(payload_nbytes)
 
 
 def payload_sum(parts: Iterable[bytes | memoryview]) -> int:

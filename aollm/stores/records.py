@@ -6,16 +6,15 @@ it is read twice is a miss, counted and forgotten. It refuses to know what is in
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import anyio
 import anyio.to_thread
-import torch
 from torch import Tensor
 
+from ..buffers import PAGE, Arena
 from ..disk.base import Disk, Extent, Priority
 from ..errors import DiskError, StoreError
 from ..maths.attention import BLOCK
@@ -23,27 +22,13 @@ from ..trace import Event, EventName, Trace
 from .cell import Cell, Run
 from .codec import Codec
 from .layout import Layout
-from .record import PAGE, Header, Kind, Place, payload_sum, record_nbytes, verify
+from .record import Header, Kind, Place, payload_sum, record_nbytes, verify
 from .scratch import Scratch
+from .shape import Shape
 from .volume import Volume
 
 NOBODY = bytes(16)
 """The digest of blocks that nobody will look for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Keys (or values) of a layer's tokens: [tokens, heads, head_dim] of dtype, in `layers` layers."""
-
-    layers: int
-    heads: int
-    head_dim: int
-    dtype: torch.dtype
-
-    @property
-    def row_nbytes(self) -> int:
-        """Bytes of one token's keys in one layer."""
-        return self.heads * self.head_dim * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +90,11 @@ class Records:
     async def read_apart(self, cell: Cell) -> Loaded:
         """One cell, in memory of its own."""
         run = Run((cell,))
-        return (await self.read(run, pages_of(run.nbytes)))[0]
+        return (await self.read(run, Arena(run.nbytes, huge=False).bytes))[0]
 
     async def read_bytes(self, place: Place) -> memoryview:
         """A whole record, verified, in memory of its own: header page and payload."""
-        buffer = pages_of(place.extent.nbytes)
+        buffer = Arena(place.extent.nbytes, huge=False).bytes
         await self._trusted([place], buffer)
         return buffer
 
@@ -140,7 +125,7 @@ class Records:
         extents: list[Extent] = []
         buffers: list[memoryview] = []
         places: list[Place] = []
-        fronts = pages_of(PAGE * len(records))
+        fronts = Arena(PAGE * len(records), huge=False).bytes
         try:
             async with self._burying:
                 for header, _, _, store in records:
@@ -253,11 +238,6 @@ class Records:
             at += extent.nbytes
         span = await self._disk.read_into(extents, parts, Priority.NOW)
         self._trace.add(Event("kvload", span.start, span.end, places[0].header.layer, nbytes=at, path="disk-kv-cache"))
-
-
-def pages_of(nbytes: int) -> memoryview:
-    """New memory in whole pages, that a drive can read into."""
-    return memoryview(mmap.mmap(-1, nbytes))
 
 
 def _verified(places: Sequence[Place], buffer: memoryview) -> list[Header]:

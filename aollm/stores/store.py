@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 class Store:
     """Keys and values of one sequence in cells of `cache`."""
 
-    def __init__(self, cache: Cache, number: int, root: bytes, reserved: int = 0) -> None:
+    def __init__(self, cache: Cache, number: int, root: bytes) -> None:
         layers = cache.pool.layers
         self.number, self.root = number, root
-        self.reserved = reserved
+        self.reserved = 0
         """Tokens of memory set aside for it."""
         self.states = States(len(cache.state_shapes), cache.policy.state_nbytes)
         self.ids: list[int] = []

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import first_of
 from ..maths.attention import BLOCK, first_seen
 from .cache import Cache
-from .cell import Cell, runs
+from .cell import Cell, copied, runs
 from .pool import BlockPool
 from .store import Store
 from .volume import Volume
@@ -165,7 +165,7 @@ class Trial:
                     decoded = block.decode()
                     self._same(pair, block.cell, ids, decoded)
                     if cache.has_room(layer) and len(decoded[0]) == BLOCK:
-                        promoted.append((block.cell, _copy(cache.pool, block.cell, decoded)))
+                        promoted.append((block.cell, copied(cache.pool, block.cell, *decoded)))
             finally:
                 lease.release()
 
@@ -173,7 +173,7 @@ class Trial:
         """Values are at most 1: quantized once, they are off by half a 127th, and by their type's own rounding."""
         records, mine = self.cache.records, ids[cell.start : cell.start + BLOCK]
         exact = records is None or not records.codec.representation
-        most = 0.0 if exact else (1 + pair.cuts) * (0.5 / 127 + torch.finfo(self.cache.pool.dtype).eps)
+        most = 0.0 if exact else (1 + pair.cuts) * (0.5 / 127 + torch.finfo(self.cache.pool.shape.dtype).eps)
         for name, here, wanted in zip(("keys", "values"), found, content(self.cache.pool, cell.layer, cell.start, mine), strict=True):
             off = float((here[: len(mine)].float() - wanted.float()).abs().max())
             if not off <= most:
@@ -183,8 +183,9 @@ class Trial:
 def content(pool: BlockPool, layer: int, start: int, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The keys and values [T, K, D] that tokens `ids` at positions from `start` on have, from -1 to 1."""
     tokens = torch.tensor(ids, dtype=torch.int64)[:, None] * 7919 + torch.arange(start, start + len(ids))[:, None] * 104_729
-    number = tokens + torch.arange(2 * pool.heads * pool.head_dim) * 31_337 + layer * 15_485_863
-    rows = (number % 65_521 / 32_760 - 1).to(pool.dtype).view(len(ids), 2, pool.heads, pool.head_dim)
+    shape = pool.shape
+    number = tokens + torch.arange(2 * shape.heads * shape.head_dim) * 31_337 + layer * 15_485_863
+    rows = (number % 65_521 / 32_760 - 1).to(shape.dtype).view(len(ids), 2, shape.heads, shape.head_dim)
     return rows[:, 0], rows[:, 1]
 
 
@@ -197,13 +198,6 @@ def expect(found: object, wanted: object, what: str) -> None:
     """Raise `ContractError` unless both are equal."""
     if found != wanted:
         raise ContractError(f"{what}: found {str(found)[:300]}, not {str(wanted)[:300]}")
-
-
-def _copy(pool: BlockPool, cell: Cell, decoded: tuple[Tensor, Tensor]) -> Cell:
-    slot = pool.take()
-    slot.keys[:BLOCK], slot.values[:BLOCK] = decoded
-    pool.fill(cell.layer, BLOCK)
-    return Cell(cell.layer, cell.index, slot, BLOCK)
 
 
 def _nothing_left(cache: Cache) -> None:

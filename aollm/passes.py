@@ -1,0 +1,180 @@
+"""Passes: what sets the native tier apart, each checked against the assembled runtime by an effect that can be seen.
+
+Checks run before the first token, on a few rows or on tensors without memory; none reads a weight. A pass that does not
+show its effect is never reported as applied: the runtime falls back, or refuses.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import anyio.to_thread
+import torch
+from torch import Tensor
+
+from .batch import Batch
+from .checkpoint import Checkpoint
+from .compute import Compute
+from .disk.base import Disk, Extent
+from .errors import SpecializationError
+from .families.base import Angles, Attend, Family, Params, Route, Step, Tower, Work
+from .maths.attention import BLOCK, Block, attend
+from .plan import Pass, RuntimePlan
+from .settings import RuntimeConfig
+from .stores.presets import PRESETS
+from .sweep import Model, run_step
+from .weights import Piece
+
+FEW = 3
+"""Rows that a step is tried with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    """What the checks look at."""
+
+    config: RuntimeConfig
+    plan: RuntimePlan
+    model: Model
+    tower: Tower | None
+    checkpoint: Checkpoint
+    disk: Disk
+    compute: Compute
+
+
+async def validated(runtime: Assembled) -> RuntimePlan:
+    """The plan with each of its passes seen to hold. Raises `SpecializationError` for one that does not."""
+    seen = []
+    for planned in runtime.plan.passes:
+        if planned.id == "disk-cache":
+            observed = await _writes(runtime)
+        else:
+            observed = await runtime.compute.run(CHECKS[planned.id], runtime)
+        seen.append(replace(planned, observed=observed))
+    return replace(runtime.plan, passes=tuple(seen), specialization_state="applied")
+
+
+async def _writes(runtime: Assembled) -> str:
+    """The store's folder is under its root, and takes a block."""
+    records, root = runtime.model.cache.records, runtime.config.cache_dir / PRESETS[runtime.config.kv_cache_strategy].root
+    folder = Path(records.volume.path) if records is not None else None
+    if folder is None or root.resolve() not in folder.resolve().parents:
+        raise _fails("disk-cache", f"the store is at {folder}, not under {root}")
+    file, block = folder / "PROBE", memoryview(bytearray(os.urandom(4096)))
+    back = memoryview(bytearray(4096))
+    try:
+        await runtime.disk.write([Extent(str(file), 0, 4096)], [block])
+        await runtime.disk.read_into([Extent(str(file), 0, 4096)], [back])
+    finally:
+        await runtime.disk.forget(str(file))
+        await anyio.to_thread.run_sync(partial(file.unlink, missing_ok=True))
+    if back != block:
+        raise _fails("disk-cache", f"{folder} gives back other bytes than were written")
+    return f"a block was written under {root} and read back"
+
+
+def _kept(runtime: Assembled) -> str:
+    weights, pinned = runtime.model.weights, sorted(runtime.plan.pinned)
+    for index in pinned:
+        params, piece = weights.pinned(index), weights.pieces[index]
+        if params is None or any(params[name].device.type != "cpu" for name in piece.params):
+            raise _fails("cpu-offload", f"{piece.label} is not in memory")
+    return f"{len(pinned)} of {len(weights.pieces)} pieces are in memory"
+
+
+def _chunks(runtime: Assembled) -> str:
+    rows, seen = runtime.plan.chunk_rows + 1, list[int]()
+
+    def run(weights: Params, x: Tensor, angles: Angles) -> Work:
+        seen.append(x.shape[0])
+        yield from ()
+        return x
+
+    batch = Batch([])
+    batch.ids = [0] * rows
+    for _ in run_step(runtime.model, Step(-1, "probe", {}, run), Params({}), batch, torch.zeros(rows, 1), (), None):
+        raise _fails("mlp-chunking", "a step without attention waits for something")
+    if sum(seen) != rows or max(seen) > min(runtime.plan.chunk_rows, 16_384):
+        raise _fails("mlp-chunking", f"{rows} rows ran as {seen}")
+    return f"{rows} rows ran as {' + '.join(map(str, seen))}"
+
+
+def _routes(runtime: Assembled) -> str:
+    steps = [step for step in runtime.model.family.steps if step.experts is not None]
+    for step in steps:
+        effect = _first_effect(runtime, step)
+        assert step.experts is not None
+        if not isinstance(effect, Route) or effect.experts.shape != (FEW, step.experts.top):
+            raise _fails("moe-routing", f"layer {step.layer} does not route its rows")
+    assert steps[0].experts is not None
+    return f"a row asks for {steps[0].experts.top} of {steps[0].experts.count} experts in each of {len(steps)} layers"
+
+
+def _folds(runtime: Assembled) -> str:
+    steps = [step for step in runtime.model.family.steps if step.attends is not None]
+    for step in steps:
+        if not isinstance(_first_effect(runtime, step), Attend):
+            raise _fails("attention-replacement", f"layer {step.layer} does not hand its attention over")
+    generator = torch.Generator().manual_seed(0)
+    rows = BLOCK + FEW
+    q, k, v = (torch.randn(rows, 1, 8, generator=generator) for _ in range(3))
+    blocks = [Block(0, k[:BLOCK], v[:BLOCK]), Block(BLOCK, k[BLOCK:], v[BLOCK:])]
+    found = attend(q[-FEW:], blocks, rows - FEW, 8**-0.5)[:, 0]
+    later = torch.ones(rows, rows, dtype=torch.bool).triu(1)[-FEW:]
+    wanted = (q[-FEW:, 0] @ k[:, 0].T * 8**-0.5).masked_fill(later, -math.inf).softmax(-1) @ v[:, 0]
+    if not (off := float((found - wanted).abs().max())) < 1e-4:
+        raise _fails("attention-replacement", f"two blocks fold to something {off:.1e} away from their softmax")
+    return f"{len(steps)} layers hand their attention over; two blocks fold to their softmax within {off:.0e}"
+
+
+def _towers(runtime: Assembled) -> str:
+    tower = runtime.tower
+    if tower is None:
+        raise _fails("multimodal-shell", "there is no tower")
+    rows = tower.rows(torch.empty(tower.largest(runtime.plan.max_context_tokens), device="meta"))
+    if rows < 1 or tower.text_hidden != runtime.model.family.hidden:
+        raise _fails("multimodal-shell", f"the tower gives {rows} rows of {tower.text_hidden} to a model of {runtime.model.family.hidden}")
+    return f"{tower.kind} parts become up to {rows} rows through {len(tower.steps)} steps"
+
+
+def _exported(runtime: Assembled) -> str:
+    root = os.path.realpath(runtime.checkpoint.files[0]).partition("gds_export")[0] + "gds_export" + os.sep
+    extents = [extent for piece in runtime.model.weights.pieces for extent, _ in piece.reads]
+    if astray := [extent.file for extent in extents if not os.path.realpath(extent.file).startswith(root)]:
+        raise _fails("gds-export-weights", f"{astray[0]} is read, which is not in {root}")
+    return f"all {len(extents)} reads of a pass are from {root}"
+
+
+CHECKS: dict[str, Callable[[Assembled], str]] = {
+    "cpu-offload": _kept,
+    "mlp-chunking": _chunks,
+    "moe-routing": _routes,
+    "attention-replacement": _folds,
+    "multimodal-shell": _towers,
+    "gds-export-weights": _exported,
+}
+
+
+def _first_effect(runtime: Assembled, step: Step) -> object:
+    """What a step yields first, on tensors without memory."""
+    family = runtime.model.family
+    piece = next(piece for piece in runtime.model.weights.pieces if piece.step is step)
+    angles = tuple(kind.to("meta") for kind in family.angles(torch.arange(FEW), FEW))
+    work = step.run(_weightless(piece), torch.empty(FEW, family.hidden, dtype=family.dtype, device="meta"), angles)
+    try:
+        return next(work)
+    finally:
+        work.close()
+
+
+def _weightless(piece: Piece) -> Params:
+    return Params({name: torch.empty(param.shape, dtype=param.dtype, device="meta") for name, param in piece.params.items()})
+
+
+def _fails(name: str, why: str) -> SpecializationError:
+    return SpecializationError(f"pass {name} does not hold: {why}")

@@ -1,0 +1,194 @@
+"""The two tiers, opened: our own layers, streamed, or transformers' own modules.
+
+Each puts an engine together and says what it is. A tier that cannot be opened leaves nothing behind. It refuses to know how
+requests are made and heard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import anyio
+import anyio.to_thread
+import psutil
+import torch
+
+from .adapters import Adapters
+from .buffers import Arena
+from .checkpoint import Checkpoint, open_checkpoint
+from .compute import Compute
+from .disk.base import Disk
+from .embedding import Embedding
+from .engine import Engine, Limits
+from .errors import ConfigError
+from .experts import ExpertCache
+from .families.base import Family, Tower
+from .kv import open_cache
+from .passes import Assembled, validated
+from .plan import RuntimePlan
+from .port import Port
+from .probe import drive_speed, free_memory
+from .request import Request
+from .settings import RuntimeConfig
+from .stores.cache import Cache
+from .survey import Survey
+from .sweep import Model
+from .text import Text
+from .towers import Towers
+from .trace import Trace
+from .weights import Weights, check_shape, dtype_of
+
+if TYPE_CHECKING:
+    from .generic import GenericPlan
+
+
+class Carousel(Protocol):
+    """What serves requests until it is cancelled."""
+
+    passes: int
+
+    def submit(self, request: Request) -> None: ...
+    def wake(self) -> None: ...
+    def close(self) -> None: ...
+    async def run(self) -> None: ...
+
+    @property
+    def riders(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """What answers requests, and what it was put together from."""
+
+    plan: RuntimePlan
+    text: Text
+    engine: Carousel
+    tower: Tower | None = None
+    adapters: Adapters | None = None
+    cache: Cache | None = None
+    drive_bytes_per_second: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What both tiers work with."""
+
+    config: RuntimeConfig
+    folder: Path
+    disk: Disk
+    compute: Compute
+    port: Port
+    trace: Trace
+
+
+async def open_native(means: Means, found: Survey, cleanup: AsyncExitStack) -> Tier:
+    """The native tier for a model that was surveyed; `cleanup` takes what gives everything back.
+
+    Raises `SpecializationError` when one of its passes does not hold.
+    """
+    family, plan, disk, trace, compute = found.family, found.plan, means.disk, means.trace, means.compute
+    weights = Weights(found.pieces, plan.pinned, plan.ring_nbytes, disk, trace)
+    experts = ExpertCache(found.experts, plan.expert_slots, plan.expert_slot_nbytes, disk, trace)
+    cleanup.callback(experts.forget)
+    cache = await open_cache(means.config, plan, means.folder, family, found.checkpoint, disk, trace)
+    cleanup.callback(cache.pool.forget)
+    cleanup.push_async_callback(shielded, cache.aclose)
+    drive = await drive_speed(disk, weights.streamed_extents, weights.ring) if weights.streamed else None
+    cleanup.callback(weights.forget)
+    await weights.pin()
+    norm = await _read_norm(family, found.checkpoint, disk)
+    embedding = Embedding(found.checkpoint[family.embedding], family, weights, disk, compute, trace)
+    cleanup.callback(embedding.forget)
+    if "pinned embedding" in plan.ledger:
+        await embedding.pin()
+    model = Model(family, weights, experts, norm, cache, found.adapters, plan.chunk_rows, trace, means.port.post)
+    towers = Towers(found.tower_pieces, plan.tower_kept_nbytes, disk, compute, trace)
+    cleanup.callback(towers.forget)
+    plan = await validated(Assembled(means.config, plan, model, found.tower, found.checkpoint, disk, compute))
+    limits = Limits(plan.max_rows, plan.max_concurrent_requests, plan.max_answers, plan.max_context_tokens)
+    engine = Engine(model, embedding, towers, compute, limits)
+    return Tier(plan, found.text, engine, found.tower, found.adapters, cache, drive)
+
+
+async def open_generic(means: Means, described: Mapping[str, Any], reason: str, state: str, cleanup: AsyncExitStack) -> Tier:
+    """The generic tier for the model in `means.folder`, and why it is this one."""
+    from . import generic  # transformers' modules are imported only where they are used
+
+    config = means.config
+    _check(config, reason)
+    text = await anyio.to_thread.run_sync(Text.load, means.folder)
+    checkpoint = await open_checkpoint(means.folder, means.disk)
+    own = await generic_plan(config, means.folder, described, checkpoint)
+    loaded = await anyio.to_thread.run_sync(generic.load, means.folder, own, config.cache_dir)
+    cleanup.push_async_callback(shielded, lambda: anyio.to_thread.run_sync(loaded.close))
+    engine = generic.Generic(loaded, means.compute, generic.Limits(config.max_concurrent_requests, config.max_answers))
+    return Tier(as_runtime_plan(own, config, described, reason, state), text, engine)
+
+
+def generates(described: Mapping[str, Any]) -> bool:
+    """Whether transformers has a model that generates text for this `config.json`. Imports transformers; blocking."""
+    from .generic.kind import kind_of
+
+    return kind_of(described) is not None
+
+
+async def generic_plan(config: RuntimeConfig, folder: Path, described: Mapping[str, Any], checkpoint: Checkpoint) -> GenericPlan:
+    """What the generic tier would do with the model in `folder`; raises as it does."""
+    from . import generic
+
+    in_use = psutil.Process().memory_info().rss
+    memory = config.memory or in_use + int(free_memory() * 0.9)
+
+    def plan() -> GenericPlan:
+        return generic.make_plan(
+            folder, described, checkpoint, memory, in_use, answers=config.max_answers, context=config.max_context_tokens,
+            kv_nbytes=config.kv_cache_memory,
+        )  # fmt: skip
+
+    return await anyio.to_thread.run_sync(plan)
+
+
+def as_runtime_plan(own: GenericPlan, config: RuntimeConfig, described: Mapping[str, Any], reason: str, state: str) -> RuntimePlan:
+    """A generic plan in the words of all plans."""
+    return RuntimePlan(
+        model=config.model_reference, family=str(described.get("model_type")), dtype=own.dtype, vocabulary=own.vocabulary,
+        memory=own.memory, ledger=own.ledger, placement=tuple(own.placement.values()), pieces=tuple(own.placement),
+        weights_nbytes=own.weights_nbytes, pinned_nbytes=own.pinned_nbytes, streamed_nbytes_per_pass=own.streamed_nbytes_per_pass,
+        tower_kept_nbytes=0, experts=0, expert_slots=0, expert_slot_nbytes=0, ring_nbytes=0,
+        kv_nbytes_per_token=own.kv_nbytes_per_token, kv_cache_strategy="resident", kv_tokens=own.kv_tokens, kv_ring_nbytes=0,
+        max_context_tokens=own.max_context_tokens, max_concurrent_requests=config.max_concurrent_requests,
+        max_answers=config.max_answers, max_rows=own.chunk_rows or own.max_context_tokens,
+        chunk_rows=own.chunk_rows or own.max_context_tokens, disk_backend="transformers", disk_reason="transformers reads the weights",
+        backend="transformers-generic", specialization_state=state, specialization_reason=reason,
+    )  # fmt: skip
+
+
+def _check(config: RuntimeConfig, reason: str) -> None:
+    """What was asked for and only the native tier can do is refused, not left out."""
+    wanted = {
+        "adapter_dir": config.adapter_dir is not None,
+        "kv_cache_strategy": config.kv_cache_strategy != "resident",
+        "offload_cpu_layers": config.offload_cpu_layers is not None,
+    }
+    if names := [name for name, asked in wanted.items() if asked]:
+        raise ConfigError(f"{names[0]}: only the native tier can do that, and this model runs through transformers ({reason})")
+
+
+async def _read_norm(family: Family, checkpoint: Checkpoint, disk: Disk) -> torch.Tensor:
+    entry = checkpoint[family.norm]
+    check_shape(entry, (family.hidden,))
+    arena = Arena(entry.extent.nbytes, huge=False)
+    await disk.read_into([entry.extent], [arena.bytes[: entry.extent.nbytes]])
+    return arena.tensor(0, dtype_of(entry), entry.shape).to(family.dtype)
+
+
+async def shielded(close: Callable[[], Awaitable[None]]) -> None:
+    """Close something even while being cancelled."""
+    with anyio.CancelScope(shield=True):
+        await close()
