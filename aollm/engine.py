@@ -214,8 +214,8 @@ class Engine:
                 return await self._gathering.next()
             case Room(rows):
                 return await self._cache.relieve(rows)
-            case Fetch(layer, experts, rows):
-                return self._model.experts.fetch(layer, experts, rows)
+            case Fetch(layer, experts, rows, likely):
+                return self._model.experts.fetch(layer, experts, rows, likely)
             case Arrive():
                 return await self._model.experts.next()
             case Leave(batch, stay, piece):

@@ -17,7 +17,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from .buffers import Arena, pages
-from .disk.base import Disk
+from .disk.base import Disk, Priority
 from .errors import AollmError
 from .families.base import Params
 from .trace import Event, Trace
@@ -27,6 +27,10 @@ Key = tuple[int, int]
 """A layer and the number of one of its experts."""
 HALF_LIFE = 128
 """Passes after which a question counts half."""
+TRUSTED = 0.6
+"""Share of guesses about the next layer that must have come true lately for experts to be read on a guess."""
+RECENT = 1 / 64
+"""Weight of one layer's guesses in that share."""
 FEW_ROWS = 64
 """Rows of which all experts' results are held until they are summed, so that experts may come in any order."""
 
@@ -69,6 +73,9 @@ class ExpertCache:
         self._passes: dict[int, int] = {}
         self._freed = anyio.Event()
         self._fetch: _Fetch | None = None
+        self._guess: dict[int, list[int]] = {}  # of one layer
+        self._right = 0.0
+        self._loading = 0
         self._group: TaskGroup | None = None
 
     async def __aenter__(self) -> Self:
@@ -82,16 +89,27 @@ class ExpertCache:
         self._group.cancel_scope.cancel()
         await self._group.__aexit__(None, None, None)
 
-    def fetch(self, layer: int, numbers: Sequence[int], rows: int) -> list[int]:
+    @property
+    def all_fit(self) -> bool:
+        """Whether none ever gives way to another."""
+        return len(self._slots) >= len(self._pieces)
+
+    def fetch(self, layer: int, numbers: Sequence[int], rows: int, likely: tuple[int, list[int]] | None = None) -> list[int]:
         """Begin to read those of a layer's experts `numbers` (ascending) that are not in memory; returns the order in which
-        `next` has them: for few rows those that are in memory first."""
+        `next` has them: for few rows those that are in memory first.
+
+        `likely`, a later layer and experts of it, are read when nothing else is, if such guesses have been good.
+        """
         assert self._group is not None
+        self._judge(layer, numbers)
         keys = [(layer, number) for number in numbers]
         self._note(layer, keys)
         if rows <= FEW_ROWS:
             keys.sort(key=lambda key: key not in self._where)
         self._fetch = _Fetch(keys, perf_counter())
         self._group.start_soon(self._feed, self._fetch)
+        if likely is not None:
+            self._guess = dict([likely])
         return [number for _, number in keys]
 
     async def next(self) -> list[Params]:
@@ -130,6 +148,7 @@ class ExpertCache:
             for slot in (*self._fetch.used, *self._fetch.slots):
                 self._leave(slot)
             self._fetch = None
+            self._guess = {}
             self._wake()
 
     def forget(self) -> None:
@@ -160,6 +179,27 @@ class ExpertCache:
             fetch.slots.append(slot)
             fetch.grown.set()
             fetch.grown = anyio.Event()
+        if self._right >= TRUSTED:
+            await self._read_likely(fetch)
+
+    async def _read_likely(self, fetch: _Fetch) -> None:
+        """Read what the next layer will probably ask for, one expert at a time, while nothing that was asked for is read."""
+        for layer, numbers in self._guess.items():
+            for number in numbers:
+                while self._loading and fetch is self._fetch:
+                    await self._freed.wait()
+                if fetch is not self._fetch:
+                    return
+                slot = self._free(fetch) if (layer, number) not in self._where else None
+                if slot is not None and slot.key not in fetch.keys:
+                    self._begin(slot, (layer, number), None)
+
+    def _judge(self, layer: int, numbers: Sequence[int]) -> None:
+        """See how much of what was guessed of a layer it does ask for."""
+        guessed = self._guess.pop(layer, None)
+        self._guess = {}
+        if guessed:
+            self._right += RECENT * (len(set(guessed) & set(numbers)) / len(guessed) - self._right)
 
     def _free(self, fetch: _Fetch) -> _Slot | None:
         """The slot of the expert that was asked for least, of those that are not in use; one that is still wanted only if need be."""
@@ -168,24 +208,28 @@ class ExpertCache:
         return min(idle, key=lambda slot: (slot.key in wanted, self._score(slot)), default=None)
 
     def _score(self, slot: _Slot) -> float:
-        return -math.inf if slot.key is None or slot.error is not None else self._asked[slot.key]
+        return -math.inf if slot.key is None or slot.error is not None else self._asked.get(slot.key, -math.inf)
 
-    def _begin(self, slot: _Slot, key: Key, fetch: _Fetch) -> None:
+    def _begin(self, slot: _Slot, key: Key, fetch: _Fetch | None) -> None:
+        """Read an expert into a slot, for a fetch that asked for it or for none."""
         assert self._group is not None
         if slot.key is not None and self._where.get(slot.key) is slot:
             del self._where[slot.key]
         self._where[key] = slot
         slot.key, slot.params, slot.error, slot.loading, slot.ready = key, None, None, True, anyio.Event()
-        fetch.nbytes += self._pieces[key].read_nbytes
-        self._group.start_soon(self._load, slot, self._pieces[key])
+        self._loading += 1
+        if fetch is not None:
+            fetch.nbytes += self._pieces[key].read_nbytes
+        self._group.start_soon(self._load, slot, self._pieces[key], Priority.PERHAPS if fetch is None else Priority.SOON)
 
-    async def _load(self, slot: _Slot, piece: Piece) -> None:
+    async def _load(self, slot: _Slot, piece: Piece, priority: Priority) -> None:
         try:
-            await read_piece(piece, self._arena, slot.offset, None, self._disk, self._trace)
+            await read_piece(piece, self._arena, slot.offset, None, self._disk, self._trace, priority)
             slot.params = views(piece, self._arena, slot.offset)
         except AollmError as error:
             slot.error = error
         slot.loading = False
+        self._loading -= 1
         slot.ready.set()
         self._wake()
 

@@ -81,7 +81,7 @@ async def _records(
 
     def identity() -> Identity:
         parts = {
-            "weights": fingerprint.weights(files), "tokenizer": fingerprint.tokenizer(folder),
+            "weights": checkpoint.fingerprint or fingerprint.weights(files), "tokenizer": fingerprint.tokenizer(folder),
             "configuration": fingerprint.configuration(described), "dtype": str(shape.dtype), "codec": preset.codec.representation or "raw",
             "block": str(BLOCK), "version": str(VERSION), "window": str(config.kv_cache_window_tokens or ""),
         }  # fmt: skip

@@ -22,11 +22,15 @@ from .families.base import Experts, Mixed, Params, Route, Step, Work
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Begin to read a layer's `experts` (ascending) for `rows` rows; answered with the order in which they come."""
+    """Begin to read a layer's `experts` (ascending) for `rows` rows; answered with the order in which they come.
+
+    `likely`: whom the next layer with experts will probably ask for, and which layer that is.
+    """
 
     layer: int
     experts: list[int]
     rows: int
+    likely: tuple[int, list[int]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +60,11 @@ class _Part:
 
 
 def mix(
-    step: Step, beside: Params, works: Sequence[Work], post: Callable[[Callable[[], object]], None], release: Callable[[int], None]
+    step: Step, beside: Params, works: Sequence[Work], foresee: Callable[[], tuple[int, list[int]] | None], post: Callable[[Callable[[], object]], None], release: Callable[[int], None]
 ) -> Generator[Fetch | Arrive, Any, list[Tensor]]:
     """Run a step's chunks, each up to its `Mixed`; returns what each is to be answered with, [T, hidden].
 
-    `beside` are the step's own weights, `release(n)` says that the first n experts that came are not used any more.
+    `beside` are the step's own weights, `foresee()` guesses what the next layer will ask for, `release(n)` says that the first n experts that came are not used any more.
     """
     experts = step.experts
     assert experts is not None
@@ -69,7 +73,7 @@ def mix(
     if wanted and not 0 <= wanted[0] <= wanted[-1] < experts.count:
         raise ModelError(f"layer {step.layer} routes to expert {wanted[-1]}, but has {experts.count}")
     rows = sum(len(part.rows) for part in parts)
-    order: list[int] = yield Fetch(step.layer, wanted, rows)
+    order: list[int] = yield Fetch(step.layer, wanted, rows, foresee() if rows <= FEW_ROWS else None)
     for work in works:  # what is computed beside the experts, while they are read
         _expect(work, Mixed)
     held: list[tuple[int, _Part, Tensor, Tensor]] = []

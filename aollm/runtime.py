@@ -202,8 +202,9 @@ class Runtime:
         return profile(self.trace.between(start, until), until - start, self.drive_bytes_per_second)
 
     def cache_state(self) -> dict[str, Any]:
-        """Where KV is kept, and how much of it there is at this moment; empty where transformers keeps it."""
-        return {} if self.cache is None else cache_state(self.config, self.cache)
+        """Where KV is kept, and how much of it there is at this moment; no more than `cache_mode` where transformers keeps it."""
+        found = {} if self.cache is None else cache_state(self.config, self.cache)
+        return {**found, "cache_mode": self.plan.cache_mode}
 
     def __repr__(self) -> str:
         if not self._opened:

@@ -50,7 +50,7 @@ async def survey(config: RuntimeConfig, folder: Path, disk: Disk, reason: str) -
     described = await read_json(folder / "config.json")
     text = await anyio.to_thread.run_sync(Text.load, folder)
     checkpoint = await open_checkpoint(folder, disk)
-    family = build_family(described, checkpoint)
+    family = await anyio.to_thread.run_sync(build_family, described, checkpoint)
     pieces = await anyio.to_thread.run_sync(pieces_of, family, checkpoint)
     experts = await anyio.to_thread.run_sync(expert_pieces, family, checkpoint)
     tower = await build_tower(described, family.dtype, checkpoint, text) if config.multimodal else None

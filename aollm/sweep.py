@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -81,6 +82,12 @@ class Model:
     post: Callable[[Callable[[], object]], None]
     """Has a call run on the event loop; callable from the compute thread."""
 
+    @cached_property
+    def followed_by(self) -> dict[int, int]:
+        """For each layer with experts, the piece of the next one."""
+        routed = [(piece.layer, index) for index, piece in enumerate(self.weights.pieces) if piece.step and piece.step.experts]
+        return {layer: index for (layer, _), (_, index) in pairwise(routed)}
+
 
 def sweep(model: Model, batch: Batch, x: Tensor) -> Generator[Wait, Any, tuple[Batch, Tensor]]:
     """Run rows x [T, hidden] through all pieces. Returns who stayed to the end and the logits [N, vocabulary] of those
@@ -152,7 +159,7 @@ def run_step(
     works = [step.run(params, x[cut], tuple(kind[cut] for kind in angles)) for params, cut in zip(own, cuts, strict=True)]
     answers: list[Tensor | None] = [None] * len(works)
     if step.experts is not None:
-        answers = [*(yield from mix(step, weights, works, model.post, model.experts.release))]
+        answers = [*(yield from mix(step, weights, works, partial(_likely, model, step, x), model.post, model.experts.release))]
     for cut, work, answer in zip(cuts, works, answers, strict=True):
         while True:
             try:
@@ -171,6 +178,17 @@ def run_step(
         stores = [segment.store for segment in batch.segments]
         model.post(partial(model.cache.settle, step.attends, stores, promoted))
     return x
+
+
+def _likely(model: Model, step: Step, x: Tensor) -> tuple[int, list[int]] | None:
+    """Whom the next layer with experts would ask for if rows x came to it as they are now, before this layer's experts."""
+    following = model.followed_by.get(step.layer)
+    weights = model.weights.pinned(following) if following is not None else None
+    if following is None or weights is None or model.experts.all_fit:
+        return None
+    then = model.weights.pieces[following].step
+    assert then is not None and then.experts is not None
+    return then.layer, sorted({*then.experts.likely(x, weights).flatten().tolist()})
 
 
 def _mask(model: Model, batch: Batch) -> Tensor | None:

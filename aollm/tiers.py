@@ -125,8 +125,9 @@ async def open_generic(means: Means, described: Mapping[str, Any], reason: str, 
     text = await anyio.to_thread.run_sync(Text.load, means.folder)
     checkpoint = await open_checkpoint(means.folder, means.disk)
     own = await generic_plan(config, means.folder, described, checkpoint)
-    loaded = await anyio.to_thread.run_sync(generic.load, means.folder, own, config.cache_dir)
-    cleanup.push_async_callback(shielded, lambda: anyio.to_thread.run_sync(loaded.close))
+    with anyio.CancelScope(shield=True):
+        loaded = await anyio.to_thread.run_sync(generic.load, means.folder, own, config.cache_dir)
+        cleanup.push_async_callback(shielded, lambda: anyio.to_thread.run_sync(loaded.close))
     engine = generic.Generic(loaded, means.compute, generic.Limits(config.max_concurrent_requests, config.max_answers))
     return Tier(as_runtime_plan(own, config, described, reason, state), text, engine)
 

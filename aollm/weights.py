@@ -21,7 +21,7 @@ import torch
 from .ahead import Ahead
 from .buffers import PAGE, Arena, Lease, Ring, pages
 from .checkpoint import Checkpoint, TensorEntry
-from .disk.base import Disk, Extent
+from .disk.base import Disk, Extent, Priority
 from .errors import CheckpointError, ModelError, SpecializationError, first_of
 from .families.base import Family, Need, Params, Step
 from .trace import Event, EventName, Trace
@@ -225,11 +225,14 @@ class Weights:
         return views(self.pieces[index], self.ring.arena, lease.offset)
 
 
-async def read_piece(piece: Piece, arena: Arena, at: int, event: EventName | None, disk: Disk, trace: Trace) -> None:
+async def read_piece(
+    piece: Piece, arena: Arena, at: int, event: EventName | None, disk: Disk, trace: Trace, priority: Priority = Priority.SOON
+) -> None:  # fmt: skip
     """Read a piece to offset `at` of `arena`; `event` is what else than a read it is noted as."""
     start = perf_counter()
     extents = [extent for extent, _ in piece.reads]
-    span = await disk.read_into(extents, [arena.bytes[at + offset : at + offset + extent.nbytes] for extent, offset in piece.reads])
+    buffers = [arena.bytes[at + offset : at + offset + extent.nbytes] for extent, offset in piece.reads]
+    span = await disk.read_into(extents, buffers, priority)
     nbytes = piece.read_nbytes
     trace.add(Event("safetensor_pread", span.start, span.end, piece.layer, nbytes=nbytes, path="safetensor-io", label=piece.label))
     if event is not None:

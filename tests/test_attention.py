@@ -31,12 +31,12 @@ def plain(
 
 
 def visible(start: int, end: int, keys: int, window: int | None, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Which keys the queries [start, end) see: causally and within the window, or of the same span."""
+    """Which keys the queries [start, end) see: causally or of the same span, and within the window."""
     at, seen = torch.arange(start, end)[:, None], torch.arange(keys)[None]
-    mask = (seen <= at) if window is None else (seen <= at) & (seen > at - window)
+    mask = seen <= at
     for low, high in spans:
         mask = mask | ((at >= low) & (at < high) & (seen >= low) & (seen < high))
-    return mask
+    return mask if window is None else mask & (seen > at - window)
 
 
 def made(
@@ -249,3 +249,12 @@ def test_a_block_that_a_span_sees_is_wanted(
         if first < end:
             fold = Fold(torch.zeros(end - first, 1, 2), first, 1.0, window, None, spans)
             assert fold.wants(low, low + size) == bool(visible(first, end, 100, window, spans)[:, low : low + size].any())
+
+
+@pytest.mark.parametrize(
+    ("span", "low", "wanted"),
+    [((20, 30), 20, False), ((15, 30), 20, True), ((15, 30), 30, False), ((2, 10), 6, False), ((5, 12), 5, False), ((5, 12), 4, False)],
+)
+def test_a_span_beside_a_tile_is_none_of_its_own(span: tuple[int, int], low: int, wanted: bool) -> None:
+    fold = Fold(torch.zeros(10, 1, 2), 10, 1.0, 3, None, [span])
+    assert fold.wants(low, low + 1) == wanted

@@ -41,7 +41,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """What adapters add to one parameter: both factors transposed, down [in, R] and up [R, out]. Products with a few rows are a quarter faster so.
+    """What adapters add to one parameter: down [in, R] and up [R, out], both transposed, so that an adapter's part of up is whole rows.
 
     `owners` [R]: whose each rank is. `starts`: the first rank of each adapter, and the number of all.
     """

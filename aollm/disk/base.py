@@ -21,10 +21,12 @@ BOUNCE = 256 << 10
 
 
 class Priority(IntEnum):
-    """Who goes first when reads queue: small reads that a computation waits for pass large ones ahead of need."""
+    """Who goes first when reads queue: small reads that a computation waits for pass large ones ahead of need, and those pass
+    what may not be needed at all."""
 
     NOW = 0
     SOON = 1
+    PERHAPS = 2
 
 
 @dataclass(frozen=True, slots=True)

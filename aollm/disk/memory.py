@@ -51,9 +51,10 @@ class MemoryDisk:
 
     @classmethod
     def of(cls, folder: str | Path) -> Self:
-        """All `*.safetensors` of a folder, by the path as the folder was given and by the path with links resolved."""
+        """All weights of a folder, published or exported, by the path as the folder was given and by the path with links resolved."""
         files: dict[str, bytes | bytearray] = {}
-        for path in sorted(Path(folder).glob("*.safetensors")):
+        root = Path(folder)
+        for path in sorted([*root.glob("*.safetensors"), *root.rglob("*.raw"), *root.rglob("manifest.json")]):
             files[str(path)] = files[os.path.realpath(path)] = bytearray(path.read_bytes())
         return cls(files)
 

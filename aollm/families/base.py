@@ -125,12 +125,14 @@ class Experts:
     """The experts of a step: `count` of them, of which a row takes `top`; `params(e)` names the weights of expert e.
 
     `run(rows, weights, e, beside)` computes expert e's results for rows [N, hidden]; `beside` are the weights of the step.
+    `likely(x, beside)` are the experts [T, top] that the step would choose for rows x if they came to it as they are.
     """
 
     count: int
     top: int
     params: Callable[[int], Mapping[str, Need]]
     run: Callable[[Tensor, Params, int, Params], Tensor]
+    likely: Callable[[Tensor, Params], Tensor]
 
 
 @dataclass(frozen=True, slots=True)

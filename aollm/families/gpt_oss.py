@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import ModelError, SpecializationError
 from ..maths.layers import rms_norm_in_float
-from ..maths.mxfp4 import mxfp4_linear
+from ..maths.mxfp4 import SCRATCH_NBYTES, compiled, mxfp4_linear
 from ..maths.rope import Rope, rotate
 from .base import Angles, Attend, Experts, KvShape, Mixed, Need, Params, Route, Step, Work, count, head_name, layer_kinds, positive, section
 
@@ -45,6 +45,8 @@ class GptOss:
         self.packed = _is_packed(config)
         if self.packed and (self.hidden % GROUP or self.intermediate % GROUP):
             raise ModelError(f"config.json: hidden_size and intermediate_size must be multiples of {GROUP} for MXFP4")
+        if self.packed:
+            compiled()  # now, so that the memory it takes is counted, and no answer waits for it
         self.dtype = dtype
         self.kinds = layer_kinds(config, self.layers, (SLIDING, FULL)) or (SLIDING, FULL) * self.layers
         self.rope = Rope.from_config(config, self.head_dim, 150_000.0)
@@ -80,7 +82,7 @@ class GptOss:
         weights unpacked where they are."""
         item = self.dtype.itemsize
         attention = (3 * self.heads + 4 * self.kv_heads) * self.head_dim * item + 2 * self.heads * self.head_dim * 4
-        unpacked = 2 * self.intermediate * self.hidden * item if self.packed else 0
+        unpacked = 3 * SCRATCH_NBYTES if self.packed else 0
         return rows * (self.hidden * (8 + 4 * item) + max(attention, 7 * self.intermediate * item)) + unpacked
 
     def attention(self, w: Params, x: Tensor, angles: Angles, layer: int) -> Work:
@@ -95,10 +97,18 @@ class GptOss:
     def mixture(self, w: Params, x: Tensor, angles: Angles) -> Work:
         """x + mixture(norm(x)); gates are a softmax over the chosen experts alone."""
         h = rms_norm_in_float(x, w["norm"], self.eps)
-        best, experts = w.linear("router", h).topk(self.top, dim=-1)  # [T, top]
+        best, experts = self.best(h, w)
         yield Route(h, experts, best.softmax(-1))
         mixed = yield Mixed()
         return x + mixed
+
+    def best(self, h: Tensor, w: Params) -> tuple[Tensor, Tensor]:
+        """The largest logits of normed rows h, and whose they are, both [T, top]."""
+        return w.linear("router", h).topk(self.top, dim=-1)
+
+    def likely(self, x: Tensor, w: Params) -> Tensor:
+        """The experts that rows x would be sent to."""
+        return self.best(rms_norm_in_float(x, w["norm"], self.eps), w)[1]
 
     def expert(self, rows: Tensor, w: Params, number: int, beside: Params) -> Tensor:
         """One expert's rows [N, hidden]; gate and up alternate in the product."""
@@ -132,7 +142,7 @@ class GptOss:
             "gate_up_bias": Need((self.experts, 2 * self.intermediate), (f"{at}.mlp.experts.gate_up_proj_bias",), self.dtype),
             "down_bias": Need((self.experts, self.hidden), (f"{at}.mlp.experts.down_proj_bias",), self.dtype),
         }
-        experts = Experts(self.experts, self.top, partial(self._expert_params, f"{at}.mlp.experts"), self.expert)
+        experts = Experts(self.experts, self.top, partial(self._expert_params, f"{at}.mlp.experts"), self.expert, self.likely)
         return Step(layer, "mixture", params, self.mixture, experts=experts)
 
     def _expert_params(self, at: str, number: int) -> Mapping[str, Need]:

@@ -54,9 +54,12 @@ class Mixture:
     def step(self, layer: int, at: str, norm: Callable[[Tensor, Tensor], Tensor], act: Act) -> Step:
         """The step of layer `layer`, whose tensors' names begin with `at`; `norm(x, weight)` comes first."""
 
+        def route(h: Tensor, weights: Params) -> tuple[Tensor, Tensor]:
+            return choose(weights.linear("router", h), self.top, self.renormalise)
+
         def run(weights: Params, x: Tensor, angles: Angles) -> Work:
             h = norm(x, weights["norm"])
-            yield Route(h, *choose(weights.linear("router", h), self.top, self.renormalise))
+            yield Route(h, *route(h, weights))
             beside = x
             if self.shared:
                 beside = x + gated_mlp(weights, h, act) * torch.sigmoid(weights.linear("shared_gate", h))
@@ -75,6 +78,7 @@ class Mixture:
             self.count, self.top,
             lambda number: self._projections(f"{at}.{self.names.experts}.{number}", self.names.projections, self.intermediate),
             lambda rows, weights, number, beside: gated_mlp(weights, rows, act),
+            lambda x, weights: route(norm(x, weights["norm"]), weights)[0],
         )  # fmt: skip
         return Step(layer, "mixture", params, run, experts=experts)
 

@@ -171,11 +171,10 @@ class Generic:
         self._under_way = rider.request
         try:
             return self._forward(rider, answer)
-        except _LeftError as error:
-            clear_frames(error.__traceback__)  # they hold what is to be freed
+        except _LeftError:
             return None
         except AollmError as error:
-            clear_frames(error.__traceback__)
+            clear_frames(error.__traceback__)  # who keeps the error does not keep what was computed
             return error
         except FAULTS as error:
             clear_frames(error.__traceback__)

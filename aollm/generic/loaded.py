@@ -44,7 +44,8 @@ def load(folder: Path, plan: GenericPlan, cache_dir: Path) -> Loaded:
     """The model in `folder`, placed as `plan` says. Blocking.
 
     Layers that transformers rebuilds while it loads (most experts) are written again under `cache_dir` if they are to be read for each
-    forward. Raises `ModelError` for a model that cannot be loaded, `StoreError` where nothing can be written.
+    forward; while they are rebuilt, pages of the files count as this process's memory, until the kernel wants them or all is loaded.
+    Raises `ModelError` for a model that cannot be loaded, `StoreError` where nothing can be written.
     """
     placed: dict[str, Any] = {}
     scratch = None
@@ -71,6 +72,8 @@ def load(folder: Path, plan: GenericPlan, cache_dir: Path) -> Loaded:
                 "is its config.json that of another model, or the model one without a language-model head?"
             )
         _forget_generation_settings(model.eval())
+        if plan.rebuilt:
+            _let_go_of_files(model)
         return Loaded(model, plan, scratch)
     except FAULTS as error:
         _close(scratch)
@@ -89,6 +92,15 @@ def _forget_generation_settings(model: Any) -> None:
     ids = {name: getattr(was, name) for name in ("bos_token_id", "eos_token_id", "decoder_start_token_id")}
     last = was.eos_token_id[0] if isinstance(was.eos_token_id, list) else was.eos_token_id
     model.generation_config = type(was)(**ids, pad_token_id=last if was.pad_token_id is None else was.pad_token_id)
+
+
+def _let_go_of_files(model: Any) -> None:
+    """Copy what is still a view of a mapped file, so that the map goes, and with it the pages that experts were rebuilt from."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device.type != "meta":
+                tensor.data = tensor.data.clone()
+    gc.collect()
 
 
 def _close(scratch: Scratch | None) -> None:

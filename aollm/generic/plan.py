@@ -50,6 +50,8 @@ class GenericPlan:
     max_context_tokens: int
     chunk_rows: int | None
     """Prompt tokens of one forward; None when the model takes prompts whole."""
+    rebuilt: bool
+    """Whether transformers makes other tensors of the stored ones while it loads, as it does with most experts."""
     cache_mode: str = "transformers-dynamic"
     passes: tuple[str, ...] = ()
 
@@ -137,6 +139,7 @@ def make_plan(
         placement={name: "host" if name in host else "disk" for part in parts for name in part.names},
         weights_nbytes=total, pinned_nbytes=pinned, streamed_nbytes_per_pass=total - pinned,
         kv_nbytes_per_token=kv_token, kv_tokens=kv_tokens, max_context_tokens=tokens, chunk_rows=None if whole else chunk,
+        rebuilt=len(checkpoint.tensors) > len(model.state_dict()),
     )  # fmt: skip
 
 
@@ -205,7 +208,7 @@ def parts_of(model: Any) -> list[Part]:
     for name, together in group.items():
         members = tuple(sorted(together, key=order.__getitem__))
         if name == members[0]:
-            rank = 0 if len(members) > 1 else 1 if f"{name}.".startswith(often) else 2
+            rank = -1 if kept & together else 0 if len(members) > 1 else 1 if f"{name}.".startswith(often) else 2
             parts.append(Part(members, sum(found[member] for member in members), rank))
     return parts
 

@@ -49,7 +49,7 @@ class Fold:
         self._scale, self._window = scale, window
         self._sinks = sinks
         self._spans = [(low, high) for low, high in spans if low < self._end and high > start]
-        self._low = min([first_seen(start, window), *(low for low, _ in self._spans)])  # the keys that any query sees
+        self._low = first_seen(start, window)  # the keys that any query sees
         self._high = max([self._end, *(high for _, high in self._spans)])
         self._out: Tensor | None = None  # [T, H, D] in the queries' type after one fold, float32 after more
         self._weight: Tensor | None = None  # log-sum-exp [T, H, 1]
@@ -106,10 +106,10 @@ class Fold:
         queries = torch.arange(self._start, self._end)[:, None]
         keys = torch.arange(start, end)[None]
         seen = keys <= queries
-        if self._window is not None:
-            seen &= keys > queries - self._window
         for low, high in self._spans:
             seen[max(low - self._start, 0) : high - self._start, max(low - start, 0) : max(high - start, 0)] = True
+        if self._window is not None:
+            seen &= keys > queries - self._window
         return torch.zeros(seen.shape, dtype=self._queries.dtype).masked_fill_(~seen, -torch.inf)
 
 
@@ -118,7 +118,7 @@ class Attention:
 
     Queries are taken in tiles that end where blocks do. `window`: a query sees only the last `window` positions, its own included.
     `sinks` [H]: one more logit for each head, whose share of the softmax is dropped (Xiao et al., 2023; as gpt-oss has it).
-    `spans`: disjoint ranges of positions; queries in one see all its keys, whatever their order and the window. `queries` has
+    `spans`: disjoint ranges of positions; queries in one see its keys in both directions, within the window. `queries` has
     all of a span's positions or none.
     """
 
