@@ -26,7 +26,7 @@ from .maths.attention import BLOCK, Attention, Block
 from .maths.layers import linear
 from .mixing import Arrive, Fetch, mix
 from .stores.cache import Cache
-from .stores.cell import Cell
+from .stores.cell import Cell, copied
 from .stores.records import Loaded
 from .stores.store import Store
 from .trace import Event, Trace
@@ -42,7 +42,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """Requests of `batch` were cancelled; answered when those that are not in `stay` have been let go."""
+    """Some of `batch` were cancelled, or lost a part of their history; answered when those that are not in `stay` have been let go."""
 
     batch: Batch
     stay: Batch
@@ -53,8 +53,6 @@ class Leave:
 @dataclass(frozen=True, slots=True)
 class Gather:
     """Wait for the next run of stored blocks; answered with what was loaded and its lease, or with a `StoreError`."""
-
-    layer: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +213,7 @@ def _attend(
             (number,) = stop.users
             _fold(stop.run.cells[0], parts[number][0].store, folds[number], None)
             continue
-        reply = yield Gather(layer)
+        reply = yield Gather()
         if isinstance(reply, StoreError):
             for number in stop.users:
                 parts[number][0].miss(stop.run.cells[0].start, reply)
@@ -240,11 +238,7 @@ def _fold_loaded(
         for segment, fold in users:
             _fold(block.cell, segment.store, fold, keys_values)
         if promoted is not None and cache.has_room(block.cell.layer) and keys_values[0].shape[0] == BLOCK:
-            copy = Cell(block.cell.layer, block.cell.index, cache.pool.take(), BLOCK)
-            assert copy.slot is not None
-            copy.slot.keys[:BLOCK], copy.slot.values[:BLOCK] = keys_values
-            cache.pool.fill(copy.layer, BLOCK)
-            promoted.append((block.cell, copy))
+            promoted.append((block.cell, copied(cache.pool, block.cell, *keys_values)))
 
 
 def _fold(cell: Cell, store: Store, fold: Attention, loaded: tuple[Tensor, Tensor] | None) -> None:

@@ -240,6 +240,11 @@ async def test_a_turn_goes_back_to_the_last_snapshot(strategy: str, plain: Plain
         await keeper.store.aclose()
 
 
+async def test_blocks_are_copied_by_the_thread_that_fills_them(plain: Plain) -> None:
+    async with open_runtime(plain) as runtime:
+        assert runtime.cache.compute == runtime.engine._compute.run
+
+
 # For good
 
 
@@ -251,6 +256,8 @@ async def test_states_are_found_again_with_the_prefix(strategy: str, plain: Plai
         assert await said(runtime, plain, ids) == 0
     for _ in range(2):
         async with open_runtime(plain, **fields) as runtime:
+            state = runtime.cache_state()
+            assert (state["persisted_tokens"], state["persisted_artifact_count"], state["persisted_layer_count"]) == (2048, 2, 1)
             for asked, found in ((ids, 2048), (ids[:2049], 2048), (ids[:1500] + prompt(9, 1), 1024), (ids[:500], 0), (prompt(9, 2), 0)):
                 assert await said(runtime, plain, asked) == found
 

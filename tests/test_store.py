@@ -11,11 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aollm import RuntimeConfig
 from aollm.disk.base import Disk
 from aollm.disk.memory import MemoryDisk
 from aollm.disk.portable import PortableDisk
 from aollm.disk.threads import ThreadsDisk
 from aollm.disk.uring import UringDisk, probe
+from aollm.errors import DiskError
+from aollm.kv import cache_state
 from aollm.maths.attention import BLOCK
 from aollm.port import Port
 from aollm.stores.cache import Cache
@@ -26,9 +29,10 @@ from aollm.stores.persistent import Persistent
 from aollm.stores.pool import BlockPool
 from aollm.stores.presets import PRESETS
 from aollm.stores.record import record_nbytes
-from aollm.stores.records import Records, Shape
+from aollm.stores.records import Records
 from aollm.stores.residency import SpillPolicy
 from aollm.stores.scratch import Scratch
+from aollm.stores.shape import Shape
 from aollm.stores.trial import Trial, tokens_of
 from aollm.stores.volume import Volume
 from aollm.trace import Trace
@@ -52,7 +56,7 @@ def open_cache(path: Path, name: str, persistent: bool, disk: Disk, tokens: int,
     """A cache as a runtime makes it; `tokens` tokens of memory."""
     preset, window = PRESETS[name], WINDOW if PRESETS[name].windowed else None
     shape = Shape(LAYERS, HEADS, DIM, dtype)
-    pool = BlockPool(tokens, SEQUENCES, 1 << 17, LAYERS, HEADS, DIM, dtype)
+    pool = BlockPool(tokens, SEQUENCES, 1 << 17, shape)
     if preset.layout is None:
         return Cache(pool, None, preset.residency, RuntimeScoped(), SpillPolicy("none", 1, 1, 1.0, 32, 0))
     record = record_nbytes(preset.codec.payload_nbytes(BLOCK, shape.row_nbytes, dtype.itemsize))
@@ -145,6 +149,84 @@ async def test_a_persistent_store_ends_whole_when_the_runtime_closes_meanwhile(t
             await anyio.sleep(0.001 * number)
             assert isinstance(where := trial.cache.records and trial.cache.records.volume, Volume)
         assert where.index.tokens == 2100
+
+
+@pytest.mark.parametrize(("name", "leaves"), [("paged", False), ("paged", True), ("quantized-cold-tier", True)])
+async def test_a_last_block_is_copied_by_the_compute_thread_wherever_it_is_by_then(name: str, leaves: bool, tmp_path: Path) -> None:
+    """A store is cut off in a block that is on disk too; its copy in memory may go just before the rows are copied."""
+    async with Trial(open_cache(tmp_path, name, False, MemoryDisk(), 4 * LEAST)) as trial:
+        pair, cache, calls = await trial.begin(LEAST), trial.cache, 0
+
+        async def compute(function: Callable[..., Any], *args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            while leaves and cache.memory.evict_one():
+                pass
+            return await anyio.to_thread.run_sync(function, *args)
+
+        cache.compute = compute
+        await trial.extend((pair, tokens_of(2500, 0)))
+        await trial.cache.flush()
+        await trial.truncate(pair, 1500)
+        assert calls == LAYERS + leaves  # all layers lost their blocks at once
+        await trial.check()
+
+
+def counts(cache: Cache, name: str) -> tuple[int, int, int]:
+    """Layers, tokens and records that are on disk, as users are told."""
+    fields = {"kv_cache_strategy": name, "kv_cache_window_tokens": WINDOW if PRESETS[name].windowed else None}
+    state = cache_state(RuntimeConfig.of("demo", fields), cache)
+    assert state["persisted_bytes"] == (cache.records.layout.nbytes if cache.records is not None else 0)
+    return state["persisted_layer_count"], state["persisted_tokens"], state["persisted_artifact_count"]
+
+
+@pytest.mark.parametrize("name", ON_DISK)
+async def test_what_is_stored_for_good_is_counted_by_the_next_who_opens_it(name: str, tmp_path: Path) -> None:
+    async with Port() as port:
+        disk, ids = ThreadsDisk(port), tokens_of(2100, 0)
+        async with Trial(open_cache(tmp_path, name, True, disk, 2 * LEAST)) as trial:
+            assert counts(trial.cache, name) == (0, 0, 0)
+            pair = await trial.begin(3000)
+            await trial.extend((pair, ids))
+            await trial.cache.flush()
+            assert counts(trial.cache, name) == (LAYERS, 2048, 2 * LAYERS)
+            await trial.close(pair)
+        for _ in range(2):
+            async with Trial(open_cache(tmp_path, name, True, disk, 2 * LEAST)) as trial:
+                assert counts(trial.cache, name) == (LAYERS, 2100, 3 * LAYERS)
+                await trial.find(ids, 3000)  # what a sequence shares is not counted twice
+                assert counts(trial.cache, name) == (LAYERS, 2100, 3 * LAYERS)
+        await disk.aclose()
+
+
+@pytest.mark.parametrize("name", ON_DISK)
+async def test_what_is_stored_for_a_while_is_counted_while_it_is(name: str, tmp_path: Path) -> None:
+    async with Trial(open_cache(tmp_path, name, False, MemoryDisk(), 2 * LEAST)) as trial:
+        pair = await trial.begin(3000)
+        await trial.extend((pair, tokens_of(2100, 0)))
+        await trial.cache.flush()
+        assert counts(trial.cache, name) == (LAYERS, 2048, 2 * LAYERS)
+        await trial.close(pair)
+        assert counts(trial.cache, name) == (0, 0, 0)
+
+
+async def test_a_last_block_that_could_not_be_stored_is_told_of(tmp_path: Path) -> None:
+    """Nobody waits for it, so nobody is told by an error."""
+    disk, config = (
+        MemoryDisk(fail_write=lambda extent: DiskError("the drive is gone")),
+        RuntimeConfig.of("demo", {"kv_cache_strategy": "paged"}),
+    )
+    async with Trial(open_cache(tmp_path, "paged", True, disk, LEAST)) as trial:
+        pair = await trial.begin(1000)
+        await trial.extend((pair, tokens_of(100, 0)))
+        assert cache_state(config, trial.cache)["trouble"] is None
+        await trial.close(pair)
+        assert trial.cache.writer is not None
+        while not trial.cache.writer.idle:
+            await trial.cache.writer.progress()
+        assert cache_state(config, trial.cache)["trouble"] == "the drive is gone"
+    async with Trial(open_cache(tmp_path, "resident", False, disk, LEAST)) as trial:
+        assert cache_state(config, trial.cache)["trouble"] is None
 
 
 which = st.integers(0, 9)

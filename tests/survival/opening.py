@@ -111,6 +111,6 @@ async def _cache(root: Path, kind: Kind, disk: Disk) -> Cache:
         volume.close()
         raise StoreError(f"{volume.path} cannot be continued: {error}") from error
     records = Records(disk, volume, layout, kind.row.codec, SHAPE, Trace())
-    pool = BlockPool(MEMORY_TOKENS, 8, 8 * BLOCK, SHAPE.layers, SHAPE.heads, SHAPE.head_dim, SHAPE.dtype)
+    pool = BlockPool(MEMORY_TOKENS, 8, 8 * BLOCK, SHAPE)
     policy = SpillPolicy("survival", 1, 2 * kind.record_nbytes, 3600.0, 32, 1 << 20)
     return Cache(pool, records, kind.row.residency, Persistent(volume, records, kind.max_bytes), policy, kind.window, 1 << 20, 1 << 18)

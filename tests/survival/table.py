@@ -1,4 +1,8 @@
-"""The README's table of what was tried: `python tests/survival/table.py` reads the counts that the tests left."""
+"""The README's table of what was tried: `python tests/survival/table.py` reads the counts that the tests left.
+
+What a process that ends leaves behind is what is in its folder then, so most crashes are a copy of the folder, made while the
+process goes on; at every 12th operation a fork really ends with `_exit`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,8 @@ from pathlib import Path
 
 COUNTS = Path(__file__).parents[2] / ".bench" / "survival"
 WORDS = {
-    "crashes": "the process ends before, or in the middle of, every operation of a script, for each of the seven presets",
+    "crashes": "the process ends before, or in the middle of, every operation of a script, for each of the seven presets: "
+    "the folder as it is then is copied and opened; every 12th time a forked process does end (`_exit`)",
     "kills": "`kill -9` at a random moment under load",
     "together": "eight processes on one root, one of them killed and replaced",
     "failures": "an operation fails (EIO, ENOSPC, EDQUOT, EMFILE, EINTR; once or from then on) or comes back short",
