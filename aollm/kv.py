@@ -55,7 +55,7 @@ async def open_cache(
     share = plan.kv_tokens * kv.token_nbytes
     pool = BlockPool(plan.kv_tokens, plan.max_answers, plan.max_context_tokens, shape)
     direct = await anyio.to_thread.run_sync(reads_directly, folder)
-    policy = spill_policy(records.record_nbytes if records is not None else 1, share, direct)
+    policy = spill_policy(records.record_nbytes if records is not None else 1, share, direct, plan.state_snapshot_nbytes)
     return Cache(
         pool, records, preset.residency, lifecycle, policy, window,
         plan.kv_ring_nbytes, plan.kv_ring_nbytes // (config.prefetch_depth + 1), kv.states,

@@ -30,6 +30,8 @@ CHUNK_ROWS = 512
 KV_SHARE, ACTIVATION_SHARE = 1 / 8, 1 / 16
 """Shares of the memory that go to KV and to rows under way when the caller does not say how many tokens there will be."""
 LEAST_RING = 256 << 10
+SNAPSHOTS = 64 << 20
+"""Bytes of earlier states that a sequence keeps to go back to, if there is room; one it has in any case."""
 KEPT_ROWS = 2048
 """Rows of images or sounds that are kept, or more if one can have more."""
 LEAST_SLOTS = 4
@@ -79,6 +81,8 @@ class RuntimePlan:
     kv_tokens: int
     """Tokens whose keys and values are in memory at most."""
     kv_ring_nbytes: int
+    state_snapshot_nbytes: int
+    """What a sequence may keep of earlier recurrent states."""
     max_context_tokens: int
     max_concurrent_requests: int
     max_answers: int
@@ -121,27 +125,30 @@ def make_plan(
     ledger.lines["slack"] = SLACK
     kv = kv_share(config, family, ledger.free)
     context, kv_tokens = kv.context, kv.tokens
-    max_rows, chunk_rows = _rows(config, family, kv, ledger.free)
+    together = _together(tower[0])
+    max_rows, chunk_rows = _rows(config, family, kv, together, ledger.free)
     kv_nbytes = BlockPool.nbytes(kv_tokens, config.max_answers, family.kv.layers, family.kv.row_nbytes) + kv.ring_nbytes
-    kv_nbytes += config.max_answers * 2 * family.kv.state_nbytes
+    state = family.kv.state_nbytes
+    snapshots = max(state, min(SNAPSHOTS, int(ledger.free * KV_SHARE) // config.max_answers)) if state else 0
+    kv_nbytes += config.max_answers * (state + snapshots)
     activations = (
         max_rows * _row_nbytes(family)
-        + family.activation_nbytes(chunk_rows) * 5 // 4  # the allocator does not fit them without gaps
+        + family.activation_nbytes(max(chunk_rows, together)) * 5 // 4  # the allocator does not fit them without gaps
         + config.max_answers * family.vocabulary * (family.dtype.itemsize + 8)
     )
     sizes, kept_sizes = [piece.nbytes for piece in pieces], [pinned_nbytes(piece) for piece in pieces]
     kept = None if config.offload_cpu_layers is None else band(family.layers, config.offload_cpu_layers, config.offload_cpu_policy)
     slot = slot_nbytes(experts)
-    fits = sum(kept_sizes) + kv_nbytes + activations + slot * len(experts) <= ledger.free
+    slots = min(len(experts), LEAST_SLOTS)
+    item, kept_items = _tower(*tower, context)
+    fits = sum(kept_sizes) + kv_nbytes + activations + item + kept_items + adapters_nbytes + slot * slots <= ledger.free
     ring = 0 if fits and kept is None else max(pages(ring_nbytes(sizes, config.prefetch_depth)), LEAST_RING)
     for name, nbytes in (("stream ring", ring), ("kv", kv_nbytes), ("activations", activations)):
         ledger.lines[name] = nbytes
     if adapters_nbytes:
         ledger.lines["adapters"] = adapters_nbytes
-    item, kept_items = _tower(*tower, context)
     if tower[0] is not None:
         ledger.lines["towers"] = item + kept_items
-    slots = min(len(experts), LEAST_SLOTS)
     if experts:
         ledger.lines["experts"] = slots * slot
     if kept is None:
@@ -169,7 +176,7 @@ def make_plan(
         streamed_nbytes_per_pass=sum(piece.read_nbytes for index, piece in enumerate(pieces) if index not in pinned),
         tower_kept_nbytes=kept_items, experts=len(experts), expert_slots=slots, expert_slot_nbytes=slot,
         ring_nbytes=ring, kv_nbytes_per_token=family.kv.token_nbytes, kv_cache_strategy=config.kv_cache_strategy,
-        kv_tokens=kv_tokens, kv_ring_nbytes=kv.ring_nbytes, max_context_tokens=context,
+        kv_tokens=kv_tokens, kv_ring_nbytes=kv.ring_nbytes, state_snapshot_nbytes=snapshots, max_context_tokens=context,
         max_concurrent_requests=config.max_concurrent_requests, max_answers=config.max_answers, max_rows=max_rows, chunk_rows=chunk_rows,
         disk_backend=disk[0], disk_reason=disk[1],
         passes=tuple(_passes(config, family, pieces, pinned, tower[0], chunk_rows)),
@@ -213,7 +220,12 @@ def kv_share(config: RuntimeConfig, family: Family, free: int) -> KvShare:
     return KvShare(context, tokens, ring, True)
 
 
-def _rows(config: RuntimeConfig, family: Family, kv: KvShare, free: int) -> tuple[int, int]:
+def _together(tower: Tower | None) -> int:
+    """Rows that must not be parted: an image's, if they see each other."""
+    return tower.rows(torch.empty(tower.largest(1), device="meta")) if tower is not None and tower.both_ways else 0
+
+
+def _rows(config: RuntimeConfig, family: Family, kv: KvShare, together: int, free: int) -> tuple[int, int]:
     """How many rows a pass may have, and how many of them are computed at a time. Keys and values of two layers' rows
     have to be in memory beside everybody's last block."""
     chunk = config.dense_projection_chunk_rows or CHUNK_ROWS
@@ -223,7 +235,7 @@ def _rows(config: RuntimeConfig, family: Family, kv: KvShare, free: int) -> tupl
     if kv.on_disk:
         most = max((kv.tokens - min(BLOCK, kv.context)) * family.kv.layers // 16, 32)
     rows = max(int(free * ACTIVATION_SHARE) // _row_nbytes(family), chunk, config.max_answers)
-    rows = max(min(rows, most), config.max_answers)
+    rows = max(min(rows, most), config.max_answers + together)
     return (rows // chunk * chunk if rows > chunk else rows), min(chunk, rows)
 
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import anyio.to_thread
+from torch import Tensor
 
 from .errors import RequestError
 from .families.base import Tower
 from .item import Item, marked
-from .media import TYPES, Media, read_part
+from .media import TYPES, read_part
 from .text import Text
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -27,6 +28,12 @@ class Encoded:
 
     ids: list[int]
     items: tuple[Item, ...] = ()
+
+    @property
+    def length(self) -> str:
+        """How many tokens there are, and how many of them stand for images or sounds."""
+        rows = sum(item.rows for item in self.items)
+        return f"{len(self.ids)} tokens" + (f" ({rows} of them for images or sounds, of which it has {len(self.items)})" if rows else "")
 
 
 async def encode(prompt: Prompt, text: Text, tower: Tower | None, vocabulary: int) -> Encoded:
@@ -49,33 +56,49 @@ async def encode(prompt: Prompt, text: Text, tower: Tower | None, vocabulary: in
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """An image or a sound as its tower takes it."""
+
+    digest: bytes
+    prepared: Tensor
+
+
 def _chat(messages: Sequence[Mapping[str, Any]], text: Text, tower: Tower | None, vocabulary: int) -> Encoded:
     """A conversation; each image or sound is read, and stands in the template as a part that has nothing but its type."""
-    media: list[Media] = []
-    plain = [_without_media(message, tower, media) for message in messages]
+    found: list[_Ready] = []
+    plain = [_without_media(message, f"messages[{index}]", tower, found) for index, message in enumerate(messages)]
     ids = text.chat(plain, () if tower is None else (tower.kind,))
-    if not media or tower is None:
+    if not found or tower is None:
         return Encoded(ids)
-    prepared = [tower.prepare(one.data) for one in media]
-    rows = [tower.rows(one) for one in prepared]
+    rows = [tower.rows(one.prepared) for one in found]
     ids, firsts = tower.place(ids, rows)
     items = tuple(
-        Item(one.digest, ready, first, count, tower.both_ways)
-        for one, ready, first, count in zip(media, prepared, firsts, rows, strict=True)
+        Item(one.digest, one.prepared, first, count, tower.both_ways) for one, first, count in zip(found, firsts, rows, strict=True)
     )
     return Encoded(marked(ids, items, vocabulary), items)
 
 
-def _without_media(message: Mapping[str, Any], tower: Tower | None, media: list[Media]) -> Mapping[str, Any]:
+def _without_media(message: Mapping[str, Any], where: str, tower: Tower | None, found: list[_Ready]) -> Mapping[str, Any]:
+    """The message with its images or sounds taken out and added to `found`; what was read of each goes before the next is read."""
     content = message.get("content")
-    if tower is None or not isinstance(content, Sequence) or isinstance(content, str):
+    if not isinstance(content, Sequence) or isinstance(content, str):
         return message
     parts = []
-    for part in content:
+    for number, part in enumerate(content):
         kind = TYPES.get(str(part.get("type"))) if isinstance(part, Mapping) else None
-        if kind is not None and kind != tower.kind:
-            raise RequestError(f"this model takes no {kind}: leave the part out, or choose a model that does")
         if kind is not None:
-            media.append(read_part(part))
+            try:
+                found.append(_ready(part, kind, tower))
+            except RequestError as error:
+                raise RequestError(f"{where}.content[{number}]: {error}") from error
         parts.append(part if kind is None else {"type": kind})
     return {**message, "content": parts}
+
+
+def _ready(part: Mapping[str, Any], kind: str, tower: Tower | None) -> _Ready:
+    if tower is None or kind != tower.kind:
+        takes = "text alone" if tower is None else f"text and {tower.kind}"
+        raise RequestError(f"this model takes {takes} as it was opened, and no {kind}: leave the part out, or open one that does")
+    media = read_part(part)
+    return _Ready(media.digest, tower.prepare(media.data))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from .adapters import Adapters, load_adapters
 from .checkpoint import Checkpoint, open_checkpoint, read_json
-from .disk.base import Disk
+from .disk.base import Disk, Extent
 from .errors import ModelError, SpecializationError
 from .experts import Key
 from .families import FAMILIES, TOWERS
@@ -24,6 +25,8 @@ from .settings import RuntimeConfig
 from .text import Text
 from .weights import Piece, check_shape, dtype_of, expert_pieces, pieces_of, step_piece
 
+PROBED = 256
+"""Experts that are enough to measure the drive with."""
 EMBEDDING = "embed_tokens.weight"
 
 
@@ -40,6 +43,14 @@ class Survey:
     tower: Tower | None
     tower_pieces: Sequence[Piece]
     plan: RuntimePlan
+
+    @property
+    def streamed(self) -> list[Extent]:
+        """What is read again and again: the pieces that are not kept, or else experts where not all have room."""
+        pieces = [piece for index, piece in enumerate(self.pieces) if index not in self.plan.pinned]
+        if not pieces and self.plan.expert_slots < self.plan.experts:
+            pieces = list(islice(self.experts.values(), PROBED))
+        return [extent for piece in pieces for extent, _ in piece.reads]
 
 
 async def survey(config: RuntimeConfig, folder: Path, disk: Disk, reason: str) -> Survey:

@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from .adapters import Adapters
-from .buffers import Arena
+from .buffers import Arena, Ring
 from .checkpoint import Checkpoint, open_checkpoint
 from .compute import Compute
 from .disk.base import Disk
@@ -31,7 +31,7 @@ from .kv import open_cache
 from .passes import Assembled, validated
 from .plan import RuntimePlan
 from .port import Port
-from .probe import drive_speed, free_memory
+from .probe import CHUNK, drive_speed, free_memory
 from .request import Request
 from .settings import RuntimeConfig
 from .stores.cache import Cache
@@ -99,7 +99,7 @@ async def open_native(means: Means, found: Survey, cleanup: AsyncExitStack) -> T
     cache = await open_cache(means.config, plan, means.folder, family, found.checkpoint, disk, trace)
     cleanup.callback(cache.pool.forget)
     cleanup.push_async_callback(shielded, cache.aclose)
-    drive = await drive_speed(disk, weights.streamed_extents, weights.ring) if weights.streamed else None
+    drive = await drive_speed(disk, found.streamed, weights.ring if weights.streamed else Ring(2 * CHUNK)) if found.streamed else None
     cleanup.callback(weights.forget)
     await weights.pin()
     norm = await _read_norm(family, found.checkpoint, disk)
@@ -162,7 +162,7 @@ def as_runtime_plan(own: GenericPlan, config: RuntimeConfig, described: Mapping[
         memory=own.memory, ledger=own.ledger, placement=tuple(own.placement.values()), pieces=tuple(own.placement),
         weights_nbytes=own.weights_nbytes, pinned_nbytes=own.pinned_nbytes, streamed_nbytes_per_pass=own.streamed_nbytes_per_pass,
         tower_kept_nbytes=0, experts=0, expert_slots=0, expert_slot_nbytes=0, ring_nbytes=0,
-        kv_nbytes_per_token=own.kv_nbytes_per_token, kv_cache_strategy="resident", kv_tokens=own.kv_tokens, kv_ring_nbytes=0,
+        kv_nbytes_per_token=own.kv_nbytes_per_token, kv_cache_strategy="resident", kv_tokens=own.kv_tokens, kv_ring_nbytes=0, state_snapshot_nbytes=0,
         max_context_tokens=own.max_context_tokens, max_concurrent_requests=config.max_concurrent_requests,
         max_answers=config.max_answers, max_rows=own.chunk_rows or own.max_context_tokens,
         chunk_rows=own.chunk_rows or own.max_context_tokens, disk_backend="transformers", disk_reason="transformers reads the weights",
