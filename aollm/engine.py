@@ -158,6 +158,7 @@ class Engine:
                 reply = await self._answer(step)
                 self._model.trace.add(Event("stall", start, perf_counter(), label=type(step).__name__.lower()))
         finally:
+            work.close()  # what it holds goes back, though an error may keep it alive
             self._model.experts.stop()
             await self._gathering.stop()
         stayed, logits = step.value

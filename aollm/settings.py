@@ -73,7 +73,7 @@ class RuntimeConfig(_Settings):
     `offload_cpu_layers` keeps just so many layers in memory, chosen by `offload_cpu_policy`; None keeps as much as fits.
     Without `multimodal` a model's towers for images or sound are left out, and memory is not set aside for them.
     `adapter_dir` is a LoRA adapter's folder, or one with such folders in it, or folders by name; requests choose by name.
-    `expert_memory` bounds what experts may have of the memory; None is all that is left.
+    `expert_memory` bounds what experts may have of the memory, though four always have room; None is all that is left.
     `kv_cache_strategy` says where keys and values are kept, `kv_cache_memory` how much of the memory they may have,
     `kv_cache_lifecycle` whether they outlive the runtime, in `cache_dir`, within `kv_cache_max_bytes` and `kv_cache_max_age_s`.
     """

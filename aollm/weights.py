@@ -126,9 +126,10 @@ def pinned_nbytes(piece: Piece) -> int:
 
 
 def dtype_of(entry: TensorEntry) -> torch.dtype:
-    """The torch dtype of a tensor; `ModelError` for one that is not read."""
+    """The torch dtype of a tensor; `SpecializationError` for other kinds of floating-point numbers, `ModelError` for what is none."""
     if entry.dtype not in DTYPES:
-        raise SpecializationError(f"{entry.name} is stored as {entry.dtype}; weights of {', '.join(DTYPES)} can be streamed")
+        error = SpecializationError if entry.dtype.startswith("F") else ModelError
+        raise error(f"{entry.name} is stored as {entry.dtype}; weights of {', '.join(DTYPES)} can be streamed")
     return DTYPES[entry.dtype]
 
 

@@ -25,6 +25,7 @@ from aollm import (
     Runtime,
     RuntimeConfig,
 )
+from aollm.errors import SpecializationError
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(30)]
 
@@ -118,8 +119,6 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a tensor of another rank": (lambda f: altered(f, lambda t: t.update({"model.norm.weight": t["model.norm.weight"][None]})), "norm"),
     "integers": (lambda f: altered(f, lambda t: t.update({k: v.int() for k, v in t.items()})), "I32"),
-    "doubles": (lambda f: altered(f, lambda t: t.update({k: v.double() for k, v in t.items()})), "F64"),
-    "mixed": (lambda f: altered(f, lambda t: t.update({k: v.half() for k, v in t.items() if "up_proj" in k})), "mixed"),
     "integer norm": (lambda f: altered(f, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].int()})), "I32"),
 }
 
@@ -141,6 +140,23 @@ async def test_a_broken_folder_is_a_model_error(copy: Path, name: str) -> None:
     change(copy)
     with pytest.raises(ModelError, match=words):
         await opened(copy)
+
+
+ONLY_GENERIC: dict[str, tuple[Callable[[Path], object], str]] = {
+    "doubles": (lambda f: altered(f, lambda t: t.update({k: v.double() for k, v in t.items()})), "F64"),
+    "mixed": (lambda f: altered(f, lambda t: t.update({k: v.half() for k, v in t.items() if "up_proj" in k})), "mixed"),
+}
+
+
+@pytest.mark.parametrize("name", ONLY_GENERIC)
+async def test_weights_that_only_transformers_computes_with_go_there_and_the_plan_says_why(copy: Path, name: str) -> None:
+    change, words = ONLY_GENERIC[name]
+    change(copy)
+    with pytest.raises(SpecializationError, match=words):
+        await opened(copy, backend="optimized-native")
+    async with Runtime.open(copy) as runtime:
+        assert runtime.plan.backend == "transformers-generic" and runtime.plan.specialization_state == "fallback"
+        assert re.search(words, runtime.plan.specialization_reason or "")
 
 
 async def test_code_in_a_model_folder_is_never_run(copy: Path, tmp_path: Path) -> None:

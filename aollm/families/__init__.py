@@ -11,6 +11,7 @@ from .base import Family, Tower, section
 from .gemma3 import Gemma3
 from .gpt_oss import GptOss
 from .llama import VARIANTS, Llama
+from .olmo2 import Olmo2
 from .qwen3_next import Qwen3Next
 from .siglip import Siglip
 from .whisper import Whisper
@@ -38,6 +39,7 @@ FAMILIES: dict[str, Callable[[Config, torch.dtype, str], Family]] = {
     "gemma3": Gemma3,
     "gemma3_text": Gemma3,
     "gpt_oss": GptOss,
+    "olmo2": Olmo2,
     "qwen3_next": Qwen3Next,
     "voxtral": voxtral,
 }
