@@ -27,8 +27,8 @@ Key = tuple[int, int]
 """A layer and the number of one of its experts."""
 HALF_LIFE = 128
 """Passes after which a question counts half."""
-TRUSTED = 0.6
-"""Share of guesses about the next layer that must have come true lately for experts to be read on a guess."""
+TRUSTED = 0.8
+"""Share of guesses about what the next layer will have to read that must have come true lately for it to be read on a guess."""
 RECENT = 1 / 64
 """Weight of one layer's guesses in that share."""
 FEW_ROWS = 64
@@ -109,7 +109,7 @@ class ExpertCache:
         self._fetch = _Fetch(keys, perf_counter())
         self._group.start_soon(self._feed, self._fetch)
         if likely is not None:
-            self._guess = dict([likely])
+            self._guess = {likely[0]: [number for number in likely[1] if (likely[0], number) not in self._where]}
         return [number for _, number in keys]
 
     async def next(self) -> list[Params]:
