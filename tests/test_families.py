@@ -47,6 +47,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next": ("qwen3_next", {}),
     "gpt_oss": ("gpt_oss", {}),
     PACKED: ("gpt_oss", {}),
+    "olmo2": ("olmo2", {}),
 }
 NEAR = {"mistral", "mixtral"}
 """Families that look back no further than a window in any layer."""
@@ -178,7 +179,7 @@ async def test_every_option_gives_the_logits_of_transformers(made: Any, name: st
     kind, options = OPTIONS[name]
     model: Made = await made(kind, **options)
     ids = tiny.prompt(50)
-    async with Runtime.open(model.folder, max_context_tokens=128) as runtime:
+    async with Runtime.open(model.folder, backend="optimized-native", max_context_tokens=128) as runtime:
         ours = await tiny.ours(runtime, ids, 8)
     close(ours, await model.replay(ids, ours.ids))
 
@@ -190,7 +191,7 @@ async def test_token_by_token_as_transformers_generates(made: Any, name: str) ->
     model: Made = await made(name)
     ids = tiny.prompt(67, 3)
     theirs = await anyio.to_thread.run_sync(tiny.answer, model.theirs, ids)
-    async with Runtime.open(model.folder, max_context_tokens=128) as runtime:
+    async with Runtime.open(model.folder, backend="optimized-native", max_context_tokens=128) as runtime:
         close(await tiny.ours(runtime, ids), theirs)
 
 
@@ -219,7 +220,7 @@ async def accompany(model: Made, cache: Path, fields: dict[str, Any], rows: int 
     found: dict[int, tiny.Answer] = {}
     begun = anyio.Event()
     most = 0
-    async with Runtime.open(model.folder, cache_dir=cache, **fields) as runtime:
+    async with Runtime.open(model.folder, backend="optimized-native", cache_dir=cache, **fields) as runtime:
 
         async def ride(seed: int) -> None:
             found[seed] = await tiny.ours(runtime, tiny.prompt(lengths[seed], seed), counts[seed])
@@ -280,7 +281,7 @@ async def stored(model: Made, cache: Path, strategy: str, **fields: Any) -> Asyn
     if PRESETS[strategy].windowed:
         fields["kv_cache_window_tokens"] = CONTEXT
     how = {"dense_projection_chunk_rows": CHUNK, "max_context_tokens": 2048, "max_concurrent_requests": 1, **fields}
-    async with Runtime.open(model.folder, kv_cache_strategy=strategy, cache_dir=cache, **how) as runtime:
+    async with Runtime.open(model.folder, backend="optimized-native", kv_cache_strategy=strategy, cache_dir=cache, **how) as runtime:
         yield runtime
 
 

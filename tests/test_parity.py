@@ -1,6 +1,7 @@
 """Our layers against transformers' on tiny models: every option, any chunking, any company, any placement."""
 
 from collections.abc import Awaitable, Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def same(ours: tiny.Answer, theirs: tiny.Answer, tolerance: float = 1e-4) -> Non
 async def test_every_option_of_a_model_gives_the_logits_of_transformers(kept: Any, name: str) -> None:
     kind, options, length = MODELS[name]
     folder, theirs = await kept(name, plain(kind, options, length))
-    async with Runtime.open(folder, max_context_tokens=length + 16) as runtime:
+    async with Runtime.open(folder, backend="optimized-native", max_context_tokens=length + 16) as runtime:
         same(await tiny.ours(runtime, tiny.prompt(length)), theirs)
 
 
@@ -148,7 +149,7 @@ async def test_configs_in_the_style_of_transformers_4(kept: Any, name: str) -> N
         return 100
 
     folder, theirs = await kept(f"old {name}", make)
-    async with Runtime.open(folder) as runtime:
+    async with Runtime.open(folder, backend="optimized-native") as runtime:
         same(await tiny.ours(runtime, tiny.prompt(100)), theirs)
 
 
@@ -157,7 +158,7 @@ async def test_configs_in_the_style_of_transformers_4(kept: Any, name: str) -> N
 async def test_half_precision_is_within_rounding(kept: Any, name: str, dtype: torch.dtype) -> None:
     kind, options, length = MODELS[name]
     folder, theirs = await kept(f"{dtype} {name}", plain(kind, options, length, dtype=dtype), dtype)
-    async with Runtime.open(folder, max_context_tokens=length + 16) as runtime:
+    async with Runtime.open(folder, backend="optimized-native", max_context_tokens=length + 16) as runtime:
         ours = await tiny.ours(runtime, tiny.prompt(length), 1)
     error = float((ours.logprobs[0] - theirs.logprobs[0]).abs().max())
     assert error <= (0.06 if dtype == torch.bfloat16 else 0.01) * theirs.most, f"{error} of {theirs.most}"
@@ -169,7 +170,7 @@ async def test_a_sharded_checkpoint_is_the_same_model(kept: Any, name: str) -> N
     folder, theirs = await kept(f"sharded {name}", plain(kind, options, length, shard="30KB"))
     assert len(list(folder.glob("*.safetensors"))) > 5
     for layers in (None, 0):
-        async with Runtime.open(folder, offload_cpu_layers=layers) as runtime:
+        async with Runtime.open(folder, backend="optimized-native", offload_cpu_layers=layers) as runtime:
             same(await tiny.ours(runtime, tiny.prompt(length)), theirs)
 
 
@@ -185,7 +186,7 @@ async def test_norms_and_biases_may_have_another_dtype_than_matrices(kept: Any, 
 
     folder, theirs = await kept(f"mixed {matrices} {norms}", make, matrices)
     for layers in (None, 0):
-        async with Runtime.open(folder, offload_cpu_layers=layers) as runtime:
+        async with Runtime.open(folder, backend="optimized-native", offload_cpu_layers=layers) as runtime:
             ours = await tiny.ours(runtime, tiny.prompt(21), 1)
         error = float((ours.logprobs[0] - theirs.logprobs[0]).abs().max())
         assert error <= {torch.float32: 1e-4, torch.bfloat16: 0.06, torch.float16: 0.01}[matrices] * theirs.most
@@ -218,7 +219,7 @@ async def test_chunks_of_any_size_and_riders_change_nothing(kept: Any, rows: int
     others = {1: 7, 2: 40, 3: 130}
     found: dict[int, list[int]] = {}
     options: dict[str, Any] = {"max_context_tokens": length + 160, "offload_cpu_layers": 0 if streamed else None}
-    async with Runtime.open(folder, dense_projection_chunk_rows=rows, **options) as runtime:
+    async with Runtime.open(folder, backend="optimized-native", dense_projection_chunk_rows=rows, **options) as runtime:
 
         async def ride(seed: int, wait_s: float) -> None:
             await anyio.sleep(wait_s)
@@ -229,7 +230,7 @@ async def test_chunks_of_any_size_and_riders_change_nothing(kept: Any, rows: int
                 group.start_soon(ride, seed, 0.004 * seed)
             await anyio.sleep(0.008)
             same(await tiny.ours(runtime, tiny.prompt(length)), theirs)
-    async with Runtime.open(folder, **options) as runtime:
+    async with Runtime.open(folder, backend="optimized-native", **options) as runtime:
         for seed, ids in found.items():
             assert ids == [t.id async for t in runtime.stream(tiny.prompt(others[seed], seed), max_new_tokens=12)]
 
@@ -237,26 +238,28 @@ async def test_chunks_of_any_size_and_riders_change_nothing(kept: Any, rows: int
 DISKS = ["threads", "uring", "portable", "memory"]
 
 
-@pytest.mark.parametrize("depth", [1, 2, 5])
-@pytest.mark.parametrize("disk", DISKS)
 @pytest.mark.parametrize("layers", [0, 1, 2, None])
-async def test_placement_disk_and_depth_do_not_change_a_bit(kept: Any, layers: int | None, disk: str, depth: int) -> None:
-    folder, _ = await kept("tied", plain(*MODELS["tied"]))
-    options: dict[str, Any] = {"disk": MemoryDisk.of(folder)} if disk == "memory" else {"disk_backend": disk}
-    async with Runtime.open(folder) as runtime:
-        assert not runtime.plan.streamed_nbytes_per_pass
-        wanted = await tiny.ours(runtime, tiny.prompt(33), 4)
-    async with Runtime.open(folder, offload_cpu_layers=layers, prefetch_depth=depth, **options) as runtime:
-        assert bool(runtime.plan.streamed_nbytes_per_pass) == (layers is not None)
-        for _ in range(2):
-            found = await tiny.ours(runtime, tiny.prompt(33), 4)
-            assert found.ids == wanted.ids and torch.equal(found.logprobs, wanted.logprobs)
+async def test_disk_and_depth_do_not_change_a_bit(kept: Any, layers: int | None) -> None:
+    """Placement may: a matrix that begins at another address is summed in another order by some processors' kernels."""
+    folder, theirs = await kept("tied", plain(*MODELS["tied"]))
+    wanted: tiny.Answer | None = None
+    for disk, depth in product(DISKS, [1, 2, 5]):
+        options: dict[str, Any] = {"disk": MemoryDisk.of(folder)} if disk == "memory" else {"disk_backend": disk}
+        async with Runtime.open(
+            folder, backend="optimized-native", offload_cpu_layers=layers, prefetch_depth=depth, **options
+        ) as runtime:  # fmt: skip
+            assert bool(runtime.plan.streamed_nbytes_per_pass) == (layers is not None)
+            for _ in range(2):
+                found = await tiny.ours(runtime, tiny.prompt(21))
+                same(found, theirs)
+                wanted = wanted or found
+                assert torch.equal(found.logprobs, wanted.logprobs)
 
 
 @pytest.mark.parametrize("policy", ["auto", "prefix", "suffix", "middle-band"])
 async def test_the_policy_says_which_layers_stay(kept: Any, policy: str) -> None:
     folder, theirs = await kept("llama", plain(*MODELS["llama"]))
-    async with Runtime.open(folder, offload_cpu_layers=1, offload_cpu_policy=policy) as runtime:
+    async with Runtime.open(folder, backend="optimized-native", offload_cpu_layers=1, offload_cpu_policy=policy) as runtime:
         stays = {"auto": 1, "prefix": 0, "suffix": 2, "middle-band": 1}[policy]
         places = dict(zip(runtime.plan.pieces, runtime.plan.placement, strict=True))
         assert {name for name, place in places.items() if place == "host"} == {f"layer {stays} attention", f"layer {stays} mlp"}

@@ -16,6 +16,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -27,6 +28,7 @@ from transformers import (
 CONFIGS: dict[str, type[PretrainedConfig]] = {
     "llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mixtral": MixtralConfig,
     "qwen3_moe": Qwen3MoeConfig, "gemma3_text": Gemma3TextConfig, "qwen3_next": Qwen3NextConfig, "gpt_oss": GptOssConfig,
+    "olmo2": Olmo2Config,
 }  # fmt: skip
 SIZES: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
