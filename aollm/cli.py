@@ -28,6 +28,7 @@ examples:
   aollm demo                                              see it work, with the bundled model
   aollm run demo "Once upon a time" --max-new-tokens 60
   aollm run ~/models/llama-70b "Dear Sir," --memory 8GiB  a model larger than memory
+  aollm run ~/models/gemma3-12b "What is this?" --image photo.png
   aollm plan ~/models/llama-70b --memory 8GiB             what would be kept, and what read
   aollm chat ~/models/llama-8b --save talk.json           a conversation that can be resumed
   aollm export ~/models/llama-8b --verify                 its weights as raw files, for direct reads
@@ -150,7 +151,10 @@ def _run(commands: Any) -> Parser:
     parser.add_argument("model", metavar="MODEL", help="a folder, an alias, or org/repo[@rev]")
     parser.add_argument("prompt", metavar="PROMPT", help="the text to go on from; - reads it from stdin, without its last newline")
     parser.add_argument("--chat", action="store_true", help="PROMPT is a message: put it into the model's chat template")
+    parser.add_argument("--image", action="append", metavar="FILE", help="show a picture before PROMPT; may be given more than once")
+    parser.add_argument("--audio", action="append", metavar="FILE", help="play a sound before PROMPT; may be given more than once")
     _generation(parser)
+    parser.add_argument("--adapter", metavar="NAME", help="answer with this one of the adapters in --adapter-dir (default: with none)")
     parser.add_argument("-n", type=int, metavar="N", help="answers to the same prompt; they share each pass (default 1)")
     _runtime(parser)
     output = parser.add_argument_group("output")

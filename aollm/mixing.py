@@ -99,5 +99,8 @@ def _expect(work: Work, kind: type) -> Any:
 def _add(held: list[tuple[int, _Part, Tensor, Tensor]]) -> None:
     """Sum what is held, in the order of the experts' numbers."""
     for _, part, rows, result in sorted(held, key=lambda one: one[0]):
-        part.sum.index_add_(0, rows, result)
+        if len(part.sum) == 1:
+            part.sum += result
+        else:
+            part.sum.index_put_((rows,), result, accumulate=True)  # index_add_ gathers all threads for it, which takes longer
     held.clear()

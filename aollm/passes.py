@@ -1,6 +1,6 @@
 """Passes: what sets the native tier apart, each checked against the assembled runtime by an effect that can be seen.
 
-Checks run before the first token, on a few rows or on tensors without memory; none reads a weight. A pass that does not
+Checks run before the first token, on a few rows; none reads a weight. A pass that does not
 show its effect is never reported as applied: the runtime falls back, or refuses.
 """
 
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import anyio.to_thread
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from .batch import Batch
 from .checkpoint import Checkpoint
-from .compute import Compute
+from .compute import FOREIGN, Compute
 from .disk.base import Disk, Extent
-from .errors import SpecializationError
-from .families.base import Angles, Attend, Family, Params, Route, Step, Tower, Work
+from .errors import DiskError, SpecializationError
+from .families.base import Angles, Attend, Params, Route, Step, Tower, Work
 from .maths.attention import BLOCK, Block, attend
-from .plan import Pass, RuntimePlan
+from .plan import RuntimePlan
 from .settings import RuntimeConfig
 from .stores.presets import PRESETS
 from .sweep import Model, run_step
@@ -42,6 +42,7 @@ class Assembled:
     plan: RuntimePlan
     model: Model
     tower: Tower | None
+    tower_pieces: Sequence[Piece]
     checkpoint: Checkpoint
     disk: Disk
     compute: Compute
@@ -51,10 +52,13 @@ async def validated(runtime: Assembled) -> RuntimePlan:
     """The plan with each of its passes seen to hold. Raises `SpecializationError` for one that does not."""
     seen = []
     for planned in runtime.plan.passes:
-        if planned.id == "disk-cache":
-            observed = await _writes(runtime)
-        else:
-            observed = await runtime.compute.run(CHECKS[planned.id], runtime)
+        try:
+            if planned.id == "disk-cache":
+                observed = await _writes(runtime)
+            else:
+                observed = await runtime.compute.run(CHECKS[planned.id], runtime)
+        except (*FOREIGN, OSError, DiskError) as error:
+            raise _fails(planned.id, str(error) or type(error).__name__) from error
         seen.append(replace(planned, observed=observed))
     return replace(runtime.plan, passes=tuple(seen), specialization_state="applied")
 
@@ -63,7 +67,7 @@ async def _writes(runtime: Assembled) -> str:
     """The store's folder is under its root, and takes a block."""
     records, root = runtime.model.cache.records, runtime.config.cache_dir / PRESETS[runtime.config.kv_cache_strategy].root
     folder = Path(records.volume.path) if records is not None else None
-    if folder is None or root.resolve() not in folder.resolve().parents:
+    if folder is None or not await anyio.to_thread.run_sync(_is_under, folder, root):
         raise _fails("disk-cache", f"the store is at {folder}, not under {root}")
     file, block = folder / "PROBE", memoryview(bytearray(os.urandom(4096)))
     back = memoryview(bytearray(4096))
@@ -72,10 +76,16 @@ async def _writes(runtime: Assembled) -> str:
         await runtime.disk.read_into([Extent(str(file), 0, 4096)], [back])
     finally:
         await runtime.disk.forget(str(file))
-        await anyio.to_thread.run_sync(partial(file.unlink, missing_ok=True))
+        with suppress(OSError):  # what keeps it from being removed kept it from being written
+            await anyio.to_thread.run_sync(file.unlink)
     if back != block:
         raise _fails("disk-cache", f"{folder} gives back other bytes than were written")
     return f"a block was written under {root} and read back"
+
+
+def _is_under(folder: Path, root: Path) -> bool:
+    """Whether `folder` is in `root`, neither of them being a link that leaves the folder that `root` is in."""
+    return root.parent.resolve() / root.name in folder.resolve().parents
 
 
 def _kept(runtime: Assembled) -> str:
@@ -136,17 +146,28 @@ def _towers(runtime: Assembled) -> str:
     tower = runtime.tower
     if tower is None:
         raise _fails("multimodal-shell", "there is no tower")
-    rows = tower.rows(torch.empty(tower.largest(runtime.plan.max_context_tokens), device="meta"))
-    if rows < 1 or tower.text_hidden != runtime.model.family.hidden:
-        raise _fails("multimodal-shell", f"the tower gives {rows} rows of {tower.text_hidden} to a model of {runtime.model.family.hidden}")
-    return f"{tower.kind} parts become up to {rows} rows through {len(tower.steps)} steps"
+    x = torch.empty(tower.largest(runtime.plan.max_context_tokens), device="meta")
+    wanted = (tower.rows(x), runtime.model.family.hidden)
+    for piece in runtime.tower_pieces:
+        assert piece.step is not None
+        weights = {name: torch.empty(param.shape, dtype=param.dtype, device="meta") for name, param in piece.params.items()}
+        x = _result(piece.step.run(Params(weights), x, ()))
+    if tuple(x.shape) != wanted or not wanted[0]:
+        raise _fails("multimodal-shell", f"its largest {tower.kind} comes out as {list(x.shape)}, where {list(wanted)} is taken")
+    return f"{tower.kind} parts become up to {wanted[0]} rows through {len(runtime.tower_pieces)} steps"
 
 
 def _exported(runtime: Assembled) -> str:
-    root = os.path.realpath(runtime.checkpoint.files[0]).partition("gds_export")[0] + "gds_export" + os.sep
-    extents = [extent for piece in runtime.model.weights.pieces for extent, _ in piece.reads]
-    if astray := [extent.file for extent in extents if not os.path.realpath(extent.file).startswith(root)]:
+    checkpoint = runtime.checkpoint
+    if checkpoint.fingerprint is None:
+        raise _fails("gds-export-weights", f"{checkpoint.folder} is not an export")
+    root = os.path.realpath(checkpoint.folder) + os.sep
+    if astray := [file for file in checkpoint.files if not os.path.realpath(file).startswith(root)]:
         raise _fails("gds-export-weights", f"{astray[0]} is read, which is not in {root}")
+    known = set(checkpoint.files)
+    extents = [extent for piece in runtime.model.weights.pieces for extent, _ in piece.reads]
+    if other := [extent.file for extent in extents if extent.file not in known]:
+        raise _fails("gds-export-weights", f"{other[0]} is read, which is not a file of the export")
     return f"all {len(extents)} reads of a pass are from {root}"
 
 
@@ -161,19 +182,34 @@ CHECKS: dict[str, Callable[[Assembled], str]] = {
 
 
 def _first_effect(runtime: Assembled, step: Step) -> object:
-    """What a step yields first, on tensors without memory."""
+    """What a step yields first, on a few rows; None if it yields nothing."""
     family = runtime.model.family
     piece = next(piece for piece in runtime.model.weights.pieces if piece.step is step)
-    angles = tuple(kind.to("meta") for kind in family.angles(torch.arange(FEW), FEW))
-    work = step.run(_weightless(piece), torch.empty(FEW, family.hidden, dtype=family.dtype, device="meta"), angles)
+    work = step.run(_Nothing(piece), torch.zeros(FEW, family.hidden, dtype=family.dtype), family.angles(torch.arange(FEW), FEW))
     try:
-        return next(work)
+        return next(work, None)
     finally:
         work.close()
 
 
-def _weightless(piece: Piece) -> Params:
-    return Params({name: torch.empty(param.shape, dtype=param.dtype, device="meta") for name, param in piece.params.items()})
+def _result(work: Work) -> Tensor:
+    try:
+        effect = next(work)
+    except StopIteration as done:
+        rows: Tensor = done.value
+        return rows
+    raise _fails("multimodal-shell", f"a step of the tower asks for {type(effect).__name__}")
+
+
+class _Nothing(Params):
+    """Weights that are all zero and take no memory. (Tensors on torch's meta device take none either, but 75 MB of modules.)"""
+
+    def __init__(self, piece: Piece) -> None:
+        super().__init__({name: torch.zeros((), dtype=param.dtype).expand(param.shape) for name, param in piece.params.items()})
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """Zeros [T, out]."""
+        return x.new_zeros(x.shape[0], self[name].shape[0])
 
 
 def _fails(name: str, why: str) -> SpecializationError:

@@ -209,8 +209,8 @@ def kv_share(config: RuntimeConfig, family: Family, free: int) -> KvShare:
     context = config.max_context_tokens or family.context
     record = record_nbytes(preset.codec.payload_nbytes(min(BLOCK, context), kv.row_nbytes, kv.dtype.itemsize))
     ring = (config.prefetch_depth + 1) * max(record, min(RUN_NBYTES, free // 32) // record * record)
-    tokens = min(share // token, context * config.max_concurrent_requests)
     least = min(BLOCK, context) + -(-LEAST_ROWS * KEPT_LAYERS // max(kv.layers, 1))
+    tokens = min(share // token, max(context * config.max_concurrent_requests, least))
     if tokens < least:
         if config.kv_cache_memory is not None:
             raise MemoryBudgetError(

@@ -36,7 +36,9 @@ class Encoded:
         return f"{len(self.ids)} tokens" + (f" ({rows} of them for images or sounds, of which it has {len(self.items)})" if rows else "")
 
 
-async def encode(prompt: Prompt, text: Text, tower: Tower | None, vocabulary: int) -> Encoded:
+async def encode(
+    prompt: Prompt, text: Text, tower: Tower | None, vocabulary: int, one_at_a_time: anyio.CapacityLimiter
+) -> Encoded:  # fmt: skip
     """Raises `RequestError` for a prompt that is malformed, empty, or has parts that the model cannot take."""
     if isinstance(prompt, str):
         found = Encoded(await anyio.to_thread.run_sync(text.encode, prompt))
@@ -44,7 +46,7 @@ async def encode(prompt: Prompt, text: Text, tower: Tower | None, vocabulary: in
         raise RequestError(f"a prompt is text, a list of token ids or a list of messages, not {type(prompt).__name__}")
     elif all(isinstance(item, Mapping) for item in prompt):
         messages = [item for item in prompt if isinstance(item, Mapping)]
-        found = await anyio.to_thread.run_sync(_chat, messages, text, tower, vocabulary)
+        found = await anyio.to_thread.run_sync(_chat, messages, text, tower, vocabulary, limiter=one_at_a_time)
     elif wrong := [item for item in prompt if not isinstance(item, int) or isinstance(item, bool)]:
         raise RequestError(f"a token id is a whole number, not {wrong[0]!r}")
     else:

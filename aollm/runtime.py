@@ -22,7 +22,6 @@ from .compute import Compute
 from .disk.auto import open_disk
 from .disk.base import Disk
 from .errors import ConfigError, DiskError, RequestError, SpecializationError, first_of
-from .families import FAMILIES
 from .kv import cache_state
 from .plan import RuntimePlan
 from .port import Port
@@ -36,7 +35,7 @@ from .stores.cache import Cache
 from .stream import Choice, Completion, TokenStream, Usage
 from .survey import survey
 from .text import Text
-from .tiers import Carousel, Means, Tier, generates, open_generic, open_native, shielded
+from .tiers import NOT_PLANNED, Carousel, Means, Tier, open_generic, open_native, shielded, turned_away, wants_native
 from .trace import Trace, profile
 
 
@@ -60,6 +59,7 @@ class Runtime:
         self._given_disk = disk
         self._group: TaskGroup
         self._numbers = itertools.count()
+        self._decoding = anyio.CapacityLimiter(1)  # images and sounds are large while they are decoded
         self._cleanup = AsyncExitStack()
 
     @property
@@ -89,7 +89,7 @@ class Runtime:
 
     @classmethod
     def open(cls, model: RuntimeConfig | str | Path, *, disk: Disk | None = None, **fields: Any) -> Runtime:
-        """A runtime for `model` (a folder, an alias such as `demo`, `org/repo[@rev]`, or a whole configuration); enter it with `async with`.
+        """A runtime for `model`: a folder, an alias such as `demo`, `org/repo[@rev]`, or a whole configuration. Enter it with `async with`.
 
         A `disk` that is given takes the place of `disk_backend`, and stays open. `fields` are those of `RuntimeConfig`.
         Raises `ConfigError` here; on entering `ModelError`, `MemoryBudgetError` or `DiskError`, and then leaves nothing behind.
@@ -143,13 +143,13 @@ class Runtime:
         async def submit() -> Request:
             if not self._opened:
                 raise RequestError("the runtime is not open: ask it inside `async with Runtime.open(...) as runtime`")
-            encoded = await encode(prompt, self.text, self._tier.tower, self.plan.vocabulary)
+            encoded = await encode(prompt, self.text, self._tier.tower, self.plan.vocabulary, self._decoding)
             ids = encoded.ids
             room = self.plan.max_context_tokens - len(ids)
             limit = settings.max_new_tokens if settings.context_shift != "stop" else min(settings.max_new_tokens, room)
             if room < 1:
                 raise RequestError(
-                    f"the prompt has {len(ids)} tokens and the context {self.plan.max_context_tokens}: shorten it, "
+                    f"the prompt has {encoded.length} and the context {self.plan.max_context_tokens}: shorten it, "
                     "or open the runtime with a larger max_context_tokens"
                 )
             if encoded.items and settings.context_shift != "stop":
@@ -229,8 +229,8 @@ class Runtime:
     async def _open_tier(self, means: Means, reason: str) -> Tier:
         """The native tier where it can, else the generic one, unless that was ruled out."""
         described = await read_json(means.folder / "config.json")
-        state, why = "not-planned", "as asked for"
-        if self.config.backend != "transformers-generic" and self.config.use_specialization:
+        state, why = NOT_PLANNED
+        if wants_native(self.config):
             try:
                 async with AsyncExitStack() as attempt:
                     found = await survey(self.config, means.folder, means.disk, reason)
@@ -239,9 +239,8 @@ class Runtime:
                     self._cleanup.push_async_callback(attempt.pop_all().aclose)
                     return tier
             except SpecializationError as error:
-                if self.config.backend == "optimized-native" or not await anyio.to_thread.run_sync(generates, described):
-                    raise
-                state, why = "fallback" if described.get("model_type") in FAMILIES else "not-planned", str(error)
+                self.planned = None
+                state, why = await turned_away(self.config, described, error)
         return await open_generic(means, described, why, state, self._cleanup)
 
     def _adapter(self, settings: GenerationConfig) -> tuple[int | None, str]:

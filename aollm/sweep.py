@@ -93,6 +93,7 @@ def sweep(model: Model, batch: Batch, x: Tensor) -> Generator[Wait, Any, tuple[B
     x, angles, mask = model.family.begin(x), batch.angles(model.family), _mask(model, batch)
     for first, rows in batch.inserts:
         x[first : first + len(rows)] = rows
+    batch.inserts.clear()
     logits = last = torch.empty(0)
     for index, piece in enumerate(model.weights.pieces):
         if batch.leaving and (piece.step is not None or batch.all_leaving):

@@ -19,13 +19,14 @@ import torch
 
 from .adapters import Adapters
 from .buffers import Arena, Ring
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint, read_json
 from .compute import Compute
 from .disk.base import Disk
 from .embedding import Embedding
 from .engine import Engine, Limits
-from .errors import ConfigError
+from .errors import ConfigError, ModelError, SpecializationError
 from .experts import ExpertCache
+from .families import FAMILIES
 from .families.base import Family, Tower
 from .kv import open_cache
 from .passes import Assembled, validated
@@ -35,7 +36,7 @@ from .probe import CHUNK, drive_speed, free_memory
 from .request import Request
 from .settings import RuntimeConfig
 from .stores.cache import Cache
-from .survey import Survey
+from .survey import Survey, survey
 from .sweep import Model
 from .text import Text
 from .towers import Towers
@@ -110,7 +111,7 @@ async def open_native(means: Means, found: Survey, cleanup: AsyncExitStack) -> T
     model = Model(family, weights, experts, norm, cache, found.adapters, plan.chunk_rows, trace, means.port.post)
     towers = Towers(found.tower_pieces, plan.tower_kept_nbytes, disk, compute, trace)
     cleanup.callback(towers.forget)
-    plan = await validated(Assembled(means.config, plan, model, found.tower, found.checkpoint, disk, compute))
+    plan = await validated(Assembled(means.config, plan, model, found.tower, found.tower_pieces, found.checkpoint, disk, compute))
     limits = Limits(plan.max_rows, plan.max_concurrent_requests, plan.max_answers, plan.max_context_tokens)
     engine = Engine(model, embedding, towers, compute, limits)
     return Tier(plan, found.text, engine, found.tower, found.adapters, cache, drive)
@@ -121,28 +122,73 @@ async def open_generic(means: Means, described: Mapping[str, Any], reason: str, 
     from . import generic  # transformers' modules are imported only where they are used
 
     config = means.config
-    _check(config, reason)
+    plan, own = await _plan_generic(config, means.folder, means.disk, described, reason, state)
     text = await anyio.to_thread.run_sync(Text.load, means.folder)
-    checkpoint = await open_checkpoint(means.folder, means.disk)
-    own = await generic_plan(config, means.folder, described, checkpoint)
     with anyio.CancelScope(shield=True):
         loaded = await anyio.to_thread.run_sync(generic.load, means.folder, own, config.cache_dir)
         cleanup.push_async_callback(shielded, lambda: anyio.to_thread.run_sync(loaded.close))
     engine = generic.Generic(loaded, means.compute, generic.Limits(config.max_concurrent_requests, config.max_answers))
-    return Tier(as_runtime_plan(own, config, described, reason, state), text, engine)
+    return Tier(plan, text, engine)
 
 
-def generates(described: Mapping[str, Any]) -> bool:
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How a model would be run. `found` is what the native tier knows of it; None where it would not be the one."""
+
+    plan: RuntimePlan
+    found: Survey | None
+
+
+async def choose(config: RuntimeConfig, folder: Path, disk: Disk, disk_reason: str) -> Choice:
+    """The tier for the model in `folder` and its plan, as opening a runtime has them before it reads a weight.
+
+    Raises what opening raises.
+    """
+    described = await read_json(folder / "config.json")
+    state, why = NOT_PLANNED
+    if wants_native(config):
+        try:
+            found = await survey(config, folder, disk, disk_reason)
+            return Choice(found.plan, found)
+        except SpecializationError as error:
+            state, why = await turned_away(config, described, error)
+    plan, _ = await _plan_generic(config, folder, disk, described, why, state)
+    return Choice(plan, None)
+
+
+NOT_PLANNED = ("not-planned", "as asked for")
+"""The state of a runtime whose tier was named, and why it has that one."""
+
+
+def wants_native(config: RuntimeConfig) -> bool:
+    """Whether the native tier is to be tried."""
+    return config.backend != "transformers-generic" and config.use_specialization
+
+
+async def turned_away(config: RuntimeConfig, described: Mapping[str, Any], error: SpecializationError) -> tuple[str, str]:
+    """The state of a runtime that the native tier refused, and why. Raises where the generic one is ruled out."""
+    if config.backend == "optimized-native":
+        raise error
+    kind = described.get("model_type")
+    if not await anyio.to_thread.run_sync(_generates, described):
+        raise ModelError(f"{error}; and transformers has no model of type {kind!r} that generates text") from error
+    return "fallback" if kind in FAMILIES else "not-planned", str(error)
+
+
+def _generates(described: Mapping[str, Any]) -> bool:
     """Whether transformers has a model that generates text for this `config.json`. Imports transformers; blocking."""
     from .generic.kind import kind_of
 
     return kind_of(described) is not None
 
 
-async def generic_plan(config: RuntimeConfig, folder: Path, described: Mapping[str, Any], checkpoint: Checkpoint) -> GenericPlan:
-    """What the generic tier would do with the model in `folder`; raises as it does."""
+async def _plan_generic(
+    config: RuntimeConfig, folder: Path, disk: Disk, described: Mapping[str, Any], reason: str, state: str
+) -> tuple[RuntimePlan, GenericPlan]:  # fmt: skip
     from . import generic
 
+    _check(config, reason)
+    checkpoint = await open_checkpoint(folder, disk)
     in_use = psutil.Process().memory_info().rss
     memory = config.memory or in_use + int(free_memory() * 0.9)
 
@@ -152,18 +198,19 @@ async def generic_plan(config: RuntimeConfig, folder: Path, described: Mapping[s
             kv_nbytes=config.kv_cache_memory,
         )  # fmt: skip
 
-    return await anyio.to_thread.run_sync(plan)
+    own = await anyio.to_thread.run_sync(plan)
+    return _as_runtime_plan(own, config, described, reason, state), own
 
 
-def as_runtime_plan(own: GenericPlan, config: RuntimeConfig, described: Mapping[str, Any], reason: str, state: str) -> RuntimePlan:
+def _as_runtime_plan(own: GenericPlan, config: RuntimeConfig, described: Mapping[str, Any], reason: str, state: str) -> RuntimePlan:
     """A generic plan in the words of all plans."""
     return RuntimePlan(
         model=config.model_reference, family=str(described.get("model_type")), dtype=own.dtype, vocabulary=own.vocabulary,
         memory=own.memory, ledger=own.ledger, placement=tuple(own.placement.values()), pieces=tuple(own.placement),
         weights_nbytes=own.weights_nbytes, pinned_nbytes=own.pinned_nbytes, streamed_nbytes_per_pass=own.streamed_nbytes_per_pass,
         tower_kept_nbytes=0, experts=0, expert_slots=0, expert_slot_nbytes=0, ring_nbytes=0,
-        kv_nbytes_per_token=own.kv_nbytes_per_token, kv_cache_strategy="resident", kv_tokens=own.kv_tokens, kv_ring_nbytes=0, state_snapshot_nbytes=0,
-        max_context_tokens=own.max_context_tokens, max_concurrent_requests=config.max_concurrent_requests,
+        kv_nbytes_per_token=own.kv_nbytes_per_token, kv_cache_strategy="resident", kv_tokens=own.kv_tokens, kv_ring_nbytes=0,
+        state_snapshot_nbytes=0, max_context_tokens=own.max_context_tokens, max_concurrent_requests=config.max_concurrent_requests,
         max_answers=config.max_answers, max_rows=own.chunk_rows or own.max_context_tokens,
         chunk_rows=own.chunk_rows or own.max_context_tokens, disk_backend="transformers", disk_reason="transformers reads the weights",
         backend="transformers-generic", specialization_state=state, specialization_reason=reason,
@@ -176,6 +223,8 @@ def _check(config: RuntimeConfig, reason: str) -> None:
         "adapter_dir": config.adapter_dir is not None,
         "kv_cache_strategy": config.kv_cache_strategy != "resident",
         "offload_cpu_layers": config.offload_cpu_layers is not None,
+        "dense_projection_chunk_rows": config.dense_projection_chunk_rows is not None,
+        "expert_memory": config.expert_memory is not None,
     }
     if names := [name for name, asked in wanted.items() if asked]:
         raise ConfigError(f"{names[0]}: only the native tier can do that, and this model runs through transformers ({reason})")

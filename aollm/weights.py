@@ -81,7 +81,7 @@ def pieces_of(family: Family, checkpoint: Checkpoint) -> tuple[Piece, ...]:
 
 def step_piece(step: Step, checkpoint: Checkpoint, dtype: torch.dtype) -> Piece:
     """The layout of one step's weights, those of its experts left out."""
-    return _piece(f"layer {step.layer} {step.name}", step, step.params, checkpoint, dtype)
+    return _piece(f"layer {step.layer} {step.name}" if step.layer >= 0 else step.name, step, step.params, checkpoint, dtype)
 
 
 def expert_pieces(family: Family, checkpoint: Checkpoint) -> dict[tuple[int, int], Piece]:

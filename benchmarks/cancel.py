@@ -23,7 +23,6 @@ import anyio
 from aollm import AollmError, Runtime
 from aollm.bench.machine import machine_card
 from aollm.bench.measure import random_prompts, settle
-from aollm.bench.overlap import vocabulary_of
 from aollm.bench.process import read_nbytes, rss_nbytes
 from aollm.stream import TokenStream
 
@@ -103,7 +102,7 @@ async def measure(arguments: argparse.Namespace) -> list[Row]:
     async with Runtime.open(arguments.model, memory=arguments.memory, max_context_tokens=context, max_concurrent_requests=1) as runtime:
         for turn in range(arguments.rounds):
             for phase, tokens in (("prefill", arguments.prompt_tokens), ("decode", min(8, arguments.prompt_tokens))):
-                [prompt] = random_prompts(runtime, vocabulary_of(arguments.model), 1, tokens, f"{turn}-{phase}")
+                [prompt] = random_prompts(runtime, runtime.plan.vocabulary, 1, tokens, f"{turn}-{phase}")
                 rows.append(await cancel_once(runtime, phase, prompt))
                 print(f"turn {turn + 1} of {arguments.rounds}, {phase}: {rows[-1]['gone_seconds']:.3f} s", file=sys.stderr, flush=True)
     return rows

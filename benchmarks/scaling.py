@@ -21,7 +21,7 @@ from aollm import AollmError, Runtime
 from aollm.bench.drive import Drive
 from aollm.bench.machine import machine_card
 from aollm.bench.measure import random_prompts, run_round, settle
-from aollm.bench.overlap import Work, figures, vocabulary_of
+from aollm.bench.overlap import Work, figures
 from aollm.bench.process import peak_rss_nbytes
 
 SHOWN = (
@@ -68,7 +68,7 @@ async def measure(arguments: argparse.Namespace) -> Row:
         before = await drive.probe()
         for turn in range(work.rounds):
             for count in arguments.requests:
-                prompts = random_prompts(runtime, vocabulary_of(arguments.model), count, work.prompt_tokens, f"{turn}-{count}")
+                prompts = random_prompts(runtime, runtime.plan.vocabulary, count, work.prompt_tokens, f"{turn}-{count}")
                 found = await run_round(runtime, prompts, work.tokens)
                 after = await drive.probe()
                 turns[count].append(figures(found, median([before, after])) | {"requests": count, "tokens_made": found.tokens})

@@ -6,7 +6,6 @@ at the drive's own speed and of its computations; the fraction of it that is rea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -71,7 +70,7 @@ async def overlap(work: Work, say: Callable[[str], None]) -> tuple[dict[str, Any
         await settle()
         probes, rounds = [await drive.probe()], list[Round]()
         for number in range(work.rounds):
-            prompts = random_prompts(runtime, vocabulary_of(folder), work.requests, work.prompt_tokens, f"{work.seed}-{number}")
+            prompts = random_prompts(runtime, runtime.plan.vocabulary, work.requests, work.prompt_tokens, f"{work.seed}-{number}")
             rounds.append(await run_round(runtime, prompts, work.tokens))
             probes.append(await drive.probe())
             told = f"{rounds[-1].seconds_per_pass:.3f} s a pass, the drive alone reads {median(probes[-2:]) / 1e9:.2f} GB/s"
@@ -112,12 +111,6 @@ def figures(measured: Round, drive_bytes_per_second: float) -> dict[str, Any]:
         "first_token_bound_seconds": max(pass_s, sum(each.compute_s for each in measured.prefill)),
         "pass_seconds": [each.seconds for each in measured.decode], "pass_rows": [each.rows for each in measured.decode],
     }  # fmt: skip
-
-
-def vocabulary_of(folder: Path) -> int:
-    """How many token ids the model in `folder` has."""
-    config = json.loads((folder / "config.json").read_text())
-    return int(config.get("text_config", config)["vocab_size"])
 
 
 def lateness_ms(rounds: Iterable[Round]) -> dict[str, float]:

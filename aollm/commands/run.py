@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import anyio
 
-from ..errors import ConfigError
+from ..errors import ConfigError, RequestError
+from ..media import read_part
+from ..media.sound import RATE_HZ
 from ..meter import Meter, opening, reused
 from ..prompt import Prompt
 from ..request import Request, Token
@@ -25,7 +27,9 @@ def main(terminal: Terminal, options: Mapping[str, Any]) -> int:
     generation = generation_config(options)
     config = runtime_config(options)
     text = prompt_text(options["prompt"])
-    prompt: Prompt = [{"role": "user", "content": text}] if options.get("chat") else text
+    parts = media_parts(options.get("image", ()), options.get("audio", ()))
+    content = [*parts, {"type": "text", "text": text}] if parts else text
+    prompt: Prompt = [{"role": "user", "content": content}] if parts or options.get("chat") else text
     if trace := options.get("trace"):
         writable(trace)
     answer = Answer(terminal, options.get("json", False), generation.n)
@@ -107,6 +111,18 @@ def prompt_text(given: str) -> str:
     except UnicodeDecodeError as error:
         raise ConfigError(f"the prompt on stdin is not UTF-8: {error}") from None
     return text.removesuffix("\n")
+
+
+def media_parts(images: Iterable[str], sounds: Iterable[str]) -> list[dict[str, Any]]:
+    """Parts of a message from files: read now, so that a bad one is told before a model is opened. Raises `RequestError`."""
+    parts: list[dict[str, Any]] = []
+    for kind, files in (("image", images), ("audio", sounds)):
+        for file in files:
+            try:
+                parts.append({"type": kind, kind: read_part({"type": kind, "path": file}).data, "sampling_rate": RATE_HZ})
+            except RequestError as error:
+                raise RequestError(f"--{kind} {file}: {error}") from error
+    return parts
 
 
 def writable(path: str) -> None:

@@ -1,7 +1,7 @@
 """Text in, ids out and back: a model folder's tokenizer, chat template and end-of-answer ids.
 
-The `tokenizers` library does the work where the folder has a `tokenizer.json`; transformers is imported only for folders
-that have another kind. Knows nothing of weights, and never imports torch itself.
+The `tokenizers` library does the work where the folder has a `tokenizer.json`, mistral-common where it has a `tekken.json`;
+transformers is imported only for folders that have another kind. Knows nothing of weights, and never imports torch itself.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, RequestError
+from .conversation import plain_messages
 from .decoder import Decoder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from .mistral import Mistral
     from .template import Template
 
 __all__ = ["Decoder", "Text"]
 
-OTHER_KINDS = ("tokenizer.model", "spiece.model", "tekken.json", "tiktoken.model", "vocab.json", "vocab.txt")
+OTHER_KINDS = ("tokenizer.model", "spiece.model", "tiktoken.model", "vocab.json", "vocab.txt")
 STOP_STRINGS, STOP_LENGTH = 64, 1024
-MESSAGE_DEPTH = 32
 INSTEAD = "prompt with plain text or token ids"
 
 
@@ -47,6 +48,7 @@ class Text:
         self._known: Callable[[int], bool] = lambda id: id >= 0  # a model may have more rows than its tokenizer has ids
         self._bytelike: frozenset[int] = frozenset()
         self._template: Template | None = None
+        self._mistral: Mistral | None = None
 
     @classmethod
     def load(cls, folder: Path) -> Text:
@@ -60,6 +62,8 @@ class Text:
         text = cls(folder, config, named_tokens(config))
         if (folder / "tokenizer.json").is_file():
             text._hold(load_tokenizer(folder / "tokenizer.json", config))
+        elif (folder / "tekken.json").is_file():
+            text._hold_mistral(folder / "tekken.json")
         elif any((folder / name).is_file() for name in OTHER_KINDS):
             text._load_with_transformers()
         text.stop_ids = stop_ids(folder) or frozenset([] if text.eos_id is None else [text.eos_id])
@@ -76,12 +80,16 @@ class Text:
         parts that the template writes placeholders for. Raises `RequestError` for malformed messages, other parts, a missing
         template, or one that refuses or runs away.
         """
+        if self._mistral is not None:
+            return self._mistral.chat(plain_messages(messages, kinds))
         return self._ids(self.render(messages, kinds), False)
 
     def render(self, messages: Sequence[Mapping[str, Any]], kinds: Collection[str] = ()) -> str:
         """The text that `chat` encodes. Parts go to templates that walk them as they are, to others as one text."""
         self._present()
-        plain = [plain_message(message, index, kinds) for index, message in enumerate(conversation(messages))]
+        plain = plain_messages(messages, kinds)
+        if self._mistral is not None:
+            return self._mistral.render(plain)
         if self._template is None:
             from .template import Template
 
@@ -146,6 +154,14 @@ class Text:
         spelled = {byte: tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
         if spelled[0x41] is not None and tokenizer.decode([spelled[0x41]]) == "A":  # its decoder does take them for bytes
             self._bytelike = frozenset(id for id in spelled.values() if id is not None)
+
+    def _hold_mistral(self, file: Path) -> None:
+        from .mistral import Mistral
+
+        self._mistral = found = Mistral(file)
+        self._encode, self._decode, self._known = found.encode, found.decode, lambda id: 0 <= id < found.vocabulary
+        self.vocabulary, self.special = found.vocabulary, found.special
+        self.bos_id, self.eos_id = found.bos_id, found.eos_id
 
     def _load_with_transformers(self) -> None:
         from transformers import AutoTokenizer
@@ -242,53 +258,3 @@ def template_source(folder: Path, config: Mapping[str, Any]) -> str:
     if not isinstance(found, str):
         raise RequestError(f"the model has no chat template: {INSTEAD}, or put a chat_template.jinja into its folder")
     return found
-
-
-def conversation(messages: object) -> Sequence[object]:
-    """`messages` as a list that is not empty, or `RequestError`."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
-        raise RequestError('messages takes a list of at least one {"role": ..., "content": ...}')
-    return messages
-
-
-def plain_message(message: object, index: int, kinds: Collection[str]) -> dict[str, Any]:
-    """A copy of `message` made of plain JSON types, its role and content checked; parts may be text or of `kinds`."""
-    where = f"messages[{index}]"
-    if not isinstance(message, Mapping):
-        raise RequestError(f'{where} is a {type(message).__name__}: give {{"role": ..., "content": ...}}')
-    plain: dict[str, Any] = plain_value({name: value for name, value in message.items() if value is not None}, where, 0)
-    if not isinstance(plain.get("role"), str) or not plain["role"]:
-        raise RequestError(f"{where}.role takes a text such as user, assistant or system")
-    content = plain.get("content")
-    if isinstance(content, list):
-        for number, part in enumerate(content):
-            kind = part.get("type") if isinstance(part, dict) else None
-            if isinstance(kind, str) and kind in kinds:
-                continue
-            if isinstance(kind, str) and kind != "text":
-                known = " and ".join(("text", *kinds)) if kinds else "text only"
-                raise RequestError(f"{where}.content[{number}] is of type {kind[:40]!r}: this model takes {known}")
-            if kind != "text" or not isinstance(part.get("text"), str):
-                raise RequestError(f'{where}.content[{number}] takes {{"type": "text", "text": ...}}')
-    elif not isinstance(content, str):
-        raise RequestError(f'{where}.content takes a text or a list of parts {{"type": "text", "text": ...}}')
-    return plain
-
-
-def plain_value(value: object, where: str, depth: int) -> Any:
-    """`value` rebuilt from str, int, float, bool, None, list and dict: a template sees nothing that has methods of its own."""
-    if depth > MESSAGE_DEPTH:
-        raise RequestError(f"{where} is nested more than {MESSAGE_DEPTH} deep")
-    if isinstance(value, str):
-        return str.__str__(value)
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, int):
-        return int.__int__(value)
-    if isinstance(value, float):
-        return float.__float__(value)
-    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
-        return {str.__str__(name): plain_value(item, where, depth + 1) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_value(item, where, depth + 1) for item in value]
-    raise RequestError(f"{where} holds a {type(value).__name__}: give JSON values only")
