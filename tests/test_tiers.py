@@ -610,12 +610,16 @@ async def test_a_cache_folder_that_was_a_link_from_the_beginning_is_fine(folders
         assert runtime.plan.specialization_state == "applied"
 
 
-async def test_an_export_with_a_file_outside_is_left_for_transformers_or_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+async def test_an_export_with_a_file_outside_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = await exported(Path(shutil.copytree(folders["llama"], tmp_path / "export")))
     layer = folder / "gds_export" / "layer-0000"
     before = left()
     with pytest.raises(SpecializationError, match=r"pass gds-export-weights does not hold: .*layer-0000/.* is read, which is not in"):
         await betrayed(folder, lambda: swapped(layer, tmp_path / "away"), backend=NATIVE)
+    layer.unlink()
+    (tmp_path / "away").rename(layer)
+    with pytest.raises(ModelError, match=r"dense\.raw is a link that leaves the model folder"):
+        await betrayed(folder, lambda: swapped(layer, tmp_path / "away"))
     assert left() == before
 
 
