@@ -61,3 +61,4 @@ class Compute:
         with torch.inference_mode():
             while (call := self._calls.get()) is not None:
                 call()
+                del call  # it holds all that it was called with

