@@ -60,11 +60,13 @@ class _Part:
 
 
 def mix(
-    step: Step, beside: Params, works: Sequence[Work], foresee: Callable[[], tuple[int, list[int]] | None], post: Callable[[Callable[[], object]], None], release: Callable[[int], None]
-) -> Generator[Fetch | Arrive, Any, list[Tensor]]:
+    step: Step, beside: Params, works: Sequence[Work], foresee: Callable[[], tuple[int, list[int]] | None],
+    post: Callable[[Callable[[], object]], None], release: Callable[[int], None],
+) -> Generator[Fetch | Arrive, Any, list[Tensor]]:  # fmt: skip
     """Run a step's chunks, each up to its `Mixed`; returns what each is to be answered with, [T, hidden].
 
-    `beside` are the step's own weights, `foresee()` guesses what the next layer will ask for, `release(n)` says that the first n experts that came are not used any more.
+    `beside` are the step's own weights, `foresee()` guesses what the next layer will ask for, `release(n)` says that the first
+    n experts that came are not used any more.
     """
     experts = step.experts
     assert experts is not None

@@ -239,7 +239,8 @@ def _rows(config: RuntimeConfig, family: Family, kv: KvShare, together: int, fre
 
 
 def _passes(
-    config: RuntimeConfig, family: Family, pieces: Sequence[Piece], pinned: frozenset[int], tower: Tower | None, chunk_rows: int, exported: bool,
+    config: RuntimeConfig, family: Family, pieces: Sequence[Piece], pinned: frozenset[int], tower: Tower | None,
+    chunk_rows: int, exported: bool,
 ) -> Iterator[Pass]:  # fmt: skip
     if PRESETS[config.kv_cache_strategy].layout is not None:
         yield Pass("disk-cache", f"{config.kv_cache_strategy} writes what does not fit in memory")

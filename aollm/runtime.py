@@ -83,6 +83,11 @@ class Runtime:
         return self._tier.cache
 
     @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that requests may choose."""
+        return self._tier.adapters.names if self._tier.adapters is not None else ()
+
+    @property
     def drive_bytes_per_second(self) -> float | None:
         """What the drive was measured to give when the runtime opened; None if no weights are streamed."""
         return self._tier.drive_bytes_per_second

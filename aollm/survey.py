@@ -110,6 +110,6 @@ def _adapters(config: RuntimeConfig, family: Family, checkpoint: Checkpoint) -> 
 
 
 def _without_memory() -> None:
-    """Have torch load what it needs for tensors that take no memory, 75 MB of modules, so that they are counted: towers are tried on such."""
+    """Have torch load what it needs for tensors that take no memory, on which towers are tried: 75 MB of modules, to be counted."""
     x = torch.empty(1, 1, device="meta")
     functional.layer_norm(functional.linear(x, x), (1,))

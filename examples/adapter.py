@@ -1,33 +1,49 @@
-"""One question to a model and to each of its LoRA adapters, all in the same passes: python examples/adapter.py model adapters
+"""One question to a model and to each of its LoRA adapters, all in the same passes.
 
-`adapters` is a folder as PEFT saves it, or one with such folders in it.
+python examples/adapter.py [model adapters]      adapters: a folder as PEFT saves it, or one with such folders in it
+Without arguments it makes an adapter of random numbers for the bundled model, which garbles what it writes.
 """
 
+import json
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import anyio
+import torch
+from safetensors.torch import save_file
 
 from aollm import Runtime
-from aollm.adapters.adapter import CONFIG
+from aollm.demo import MODEL
 
 PROMPT = "Once upon a time"
 
 
-async def main(model: str, folder: Path, names: list[str]) -> None:
-    answers: dict[str | None, str] = {}
-    async with Runtime.open(model, adapter_dir=folder) as runtime:
+def make(folder: Path) -> Path:
+    sizes = json.loads((MODEL / "config.json").read_text())
+    hidden, wide, layers = sizes["hidden_size"], sizes["intermediate_size"], sizes["num_hidden_layers"]
+    at = "base_model.model.model.layers.{}.mlp.up_proj.lora_{}.weight"
+    factors = {at.format(n, "A"): torch.randn(4, hidden) for n in range(layers)}
+    factors |= {at.format(n, "B"): torch.randn(wide, 4) * 0.05 for n in range(layers)}
+    (folder / "garbler").mkdir()
+    save_file(factors, folder / "garbler" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["up_proj"]}
+    (folder / "garbler" / "adapter_config.json").write_text(json.dumps(config))
+    return folder
 
-        async def ask(adapter: str | None) -> None:
-            answers[adapter] = "".join([token.text async for token in runtime.stream(PROMPT, max_new_tokens=32, adapter=adapter)])
 
-        async with anyio.create_task_group() as group:
-            for name in (None, *names):
-                group.start_soon(ask, name)
-    for name in (None, *names):
-        print(f"{name or 'the model alone'}: {PROMPT}{answers[name]}")
+async def main() -> None:
+    with TemporaryDirectory() as made:
+        model, folder = sys.argv[1:] or ("demo", make(Path(made)))
+        async with Runtime.open(model, adapter_dir=folder) as runtime:
+
+            async def ask(name: str | None) -> None:
+                answer = await runtime.generate(PROMPT, max_new_tokens=24, adapter=name)
+                print(f"{name or 'the model alone'}: {PROMPT}{answer.text}")
+
+            async with anyio.create_task_group() as group:
+                for name in (None, *runtime.adapters):
+                    group.start_soon(ask, name)
 
 
-FOLDER = Path(sys.argv[2])
-NAMES = [FOLDER.name] if (FOLDER / CONFIG).is_file() else sorted(path.parent.name for path in FOLDER.glob(f"*/{CONFIG}"))
-anyio.run(main, sys.argv[1], FOLDER, NAMES)
+anyio.run(main)

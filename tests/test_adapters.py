@@ -25,6 +25,13 @@ from aollm.errors import ConfigError, ModelError, RequestError
 from aollm.families.base import Params
 from aollm.families.llama import Llama
 
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    """One loop is enough for what numbers come out; the engine's own tests run on both."""
+    return "trio"
+
+
 pytestmark = [pytest.mark.anyio, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")]
 
 QV = ["q_proj", "v_proj"]

@@ -40,6 +40,8 @@ def anyio_backend() -> str:
         ("hello", [str(MODEL)], r"\w+ \w+ \w+"),
         ("many_requests", [], r"(?s)1 requests, \d+ passes .* tokens/s.*12 requests, \d+ passes .* tokens/s\n\ntogether [\d.]+ times"),
         ("export_gds", [], r"(?s)wrote 7 files.*checked 56 tensors.*layer-0000/dense\.raw.*model: '(.*?)'\nexported: '\1'"),
+        ("moe", [], r"(?s)[4-9]\d? of 32 experts have room.*token \d+: 8 experts asked for, [0-8] read"),
+        ("adapter", [], r"(?s)(the model alone|garbler): Once upon a time.*(garbler|the model alone): Once upon a time"),
         ("cancel", [], r"(?s)left the loop: the request is gone: <Engine 0 riding.*timed out: .* 0 riding.*task cancelled: .* 0 riding"),
         ("trio_app", [], r"(?s)Once upon a time.*[1-9]\d* ticks meanwhile, the latest [\d.]+ ms late"),
         ("trace_a_token", ["demo", "a.json"], r"(?s)at ms.*stall.*compute.*layer 0.*safetensor_pread.*bytes read, .*saved a\.json"),

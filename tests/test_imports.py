@@ -19,7 +19,8 @@ ROWS = [
     "buffers ahead probe tensors fingerprint export checkpoint",
     "maths sampling compute",
     "families stores",
-    "placement weights experts adapters item mixing towers embedding request batch itinerary drawing sweep gathering shift engine stream generic",
+    "placement weights experts adapters item mixing towers embedding request batch itinerary drawing "
+    "sweep gathering shift engine stream generic",
     "demo text media settings prompt download hub reference selector plan survey kv passes tiers session runtime",
     "terminal lanes meter client inference server bench commands cli __main__",
 ]

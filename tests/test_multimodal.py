@@ -39,6 +39,13 @@ from aollm import ModelError, RequestError, Runtime, TokenStream
 from aollm.item import Item, whole
 from aollm.text import Text
 
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    """One loop is enough for what numbers come out; the engine's own tests run on both."""
+    return "asyncio"
+
+
 COUNT = 6
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"]
 BREAKS = ["\n", "\n\n", "\n\n\n", "\n\n\n\n"]

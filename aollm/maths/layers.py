@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-
 AMX = torch.cpu._is_amx_tile_supported()
 
 
