@@ -191,7 +191,7 @@ class ExpertCache:
                 if fetch is not self._fetch:
                     return
                 slot = self._free(fetch) if (layer, number) not in self._where else None
-                if slot is not None and slot.key not in fetch.keys:
+                if slot is not None and slot.key not in self._wanted(fetch):
                     self._begin(slot, (layer, number), None)
 
     def _judge(self, layer: int, numbers: Sequence[int]) -> None:
@@ -204,8 +204,12 @@ class ExpertCache:
     def _free(self, fetch: _Fetch) -> _Slot | None:
         """The slot of the expert that was asked for least, of those that are not in use; one that is still wanted only if need be."""
         idle = [slot for slot in self._slots if not slot.users and not slot.loading]
-        wanted = set(fetch.keys)
+        wanted = self._wanted(fetch)
         return min(idle, key=lambda slot: (slot.key in wanted, self._score(slot)), default=None)
+
+    def _wanted(self, fetch: _Fetch) -> set[Key]:
+        """What this layer asked for, and what the next one probably will."""
+        return {*fetch.keys, *((layer, number) for layer, numbers in self._guess.items() for number in numbers)}
 
     def _score(self, slot: _Slot) -> float:
         return -math.inf if slot.key is None or slot.error is not None else self._asked.get(slot.key, -math.inf)

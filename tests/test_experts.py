@@ -3,6 +3,7 @@
 Whom a router chooses is asked of transformers. Weights are on a disk in memory that notes what is read, delays and fails.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from anyio.from_thread import start_blocking_portal
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import aollm.experts
 import aollm.plan
 from aollm import CheckpointError, DiskError, MemoryBudgetError, MemoryDisk, ModelError, RequestError, Runtime
 from aollm.disk.base import Extent
@@ -337,6 +339,27 @@ async def test_how_rows_are_cut_changes_rounding_at_most(
     assert found[0].ids == found[1].ids == expected.ids
     assert torch.equal(found[0].logprobs, found[1].logprobs)
     assert torch.allclose(found[0].logprobs, expected.logprobs, atol=2e-4)
+
+
+@ONE_LOOP
+@pytest.mark.parametrize("slots", [6, 9])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_next", PACKED])
+async def test_reading_on_a_guess_changes_nothing_but_what_is_read(
+    made: Callable[[str], Made], kind: str, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    found, read, asked = [], [], []
+    for trusted in (2.0, 0.0):  # never, always
+        monkeypatch.setattr(aollm.experts, "TRUSTED", trusted)
+        with room_for(slots) as fields:
+            async with Runtime.open(made(kind).folder, max_context_tokens=CONTEXT, **fields) as runtime:
+                found.append(await tiny.ours(runtime, tiny.prompt(30), 16))
+                events = runtime.trace.between(0, math.inf)
+                read.append(sum(event.nbytes for event in events if event.name == "safetensor_pread" and " expert " in event.label))
+                asked.append(sum(event.nbytes for event in events if event.name == "experts_load"))
+                assert not any(slot.users for slot in cache_of(runtime)._slots)
+    assert found[0].ids == found[1].ids and torch.equal(found[0].logprobs, found[1].logprobs)
+    assert read[0] == asked[0]
+    assert asked[1] < read[1], "nothing was read that nobody had asked for"
 
 
 # What fails
