@@ -84,8 +84,9 @@ def build_family(config: Mapping[str, Any], checkpoint: Checkpoint) -> Family:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise SpecializationError(f"config.json: model_type {kind!r} is not known; known are {', '.join(FAMILIES)}")
-    if config.get("quantization_config") and kind != "gpt_oss":
-        raise SpecializationError("config.json: quantized weights of this family are not read here")
+    if (quantization := config.get("quantization_config")) and kind != "gpt_oss":
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        raise SpecializationError(f"config.json: weights quantized by {method!r} are not read here")
     entry = next((checkpoint[name] for name in checkpoint.tensors if name.endswith(EMBEDDING)), None)
     if entry is None:
         raise ModelError(f"the checkpoint has no embedding table (…{EMBEDDING}); it is not a whole model")

@@ -193,7 +193,7 @@ def turned(folder: Path) -> None:
 ONLY_GENERIC: dict[str, tuple[Callable[[Path], object], str]] = {
     "activation": (lambda f: tiny.edit(f, lambda config: config.update(hidden_act="mish")), "hidden_act 'mish' is not known"),
     "rope": (turned, "rope type 'proportional' is not known"),
-    "eight-bit floats": (eight_bits, "is stored as F8_E4M3"),
+    "eight-bit floats": (eight_bits, "weights quantized by 'fp8' are not read here"),
 }
 
 
