@@ -169,12 +169,14 @@ class Engine:
 
     async def _rows(self, batch: Batch) -> Tensor:
         """The rows that a pass begins with; those of images and sounds are noted, to take their places."""
-        vocabulary = self._model.family.vocabulary
         for segment in batch.segments:
             for item in segment.items:
                 rows = await self._towers.rows(item)
                 low, high = max(item.first, segment.start), min(item.end, segment.start + segment.rows)
                 batch.inserts.append((segment.first + low - segment.start, rows[low - item.first : high - item.first]))
+        if not batch.inserts:
+            return await self._embedding.rows(batch.ids)
+        vocabulary = self._model.family.vocabulary
         return await self._embedding.rows([number if number < vocabulary else 0 for number in batch.ids])
 
     async def _emit(self, batch: Batch, draws: list[list[Draw] | AollmError]) -> None:
@@ -253,16 +255,16 @@ class Engine:
         self._riders.append(request)
         answer = request.answers[0]
         answer.store = store
-        whole = len(request.prompt) - 1  # the last token's logits are wanted
+        known = request.prompt[:-1]  # the last token's logits are wanted
         if store.ids:
-            answer.position = store.truncate(common(pack_ids(store.ids), pack_ids(request.prompt[:whole])))
+            answer.position = store.truncate(common(pack_ids(store.ids), pack_ids(known)))
             try:
                 await self._cache.ready(store)
             except StoreError as error:
                 request.prefix_miss_reason = str(error)
                 answer.position = store.truncate(answer.position // BLOCK * BLOCK)
         else:
-            answer.position, request.prefix_miss_reason = await self._cache.adopt(store, request.prompt[:whole])
+            answer.position, request.prefix_miss_reason = await self._cache.adopt(store, known)
         answer.position = unparted(store, answer.position, request.items)
         request.prefix_hit_tokens = answer.position
         answer.resume(answer.position)

@@ -1,7 +1,7 @@
 """Passes: what sets the native tier apart, each checked against the assembled runtime by an effect that can be seen.
 
-Checks run before the first token, on a few rows; none reads a weight. A pass that does not
-show its effect is never reported as applied: the runtime falls back, or refuses.
+Checks run before the first token, on a few rows; none reads a weight. A pass that does not show its effect is never
+reported as applied: the runtime falls back, or refuses.
 """
 
 from __future__ import annotations

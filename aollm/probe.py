@@ -38,6 +38,12 @@ def free_memory() -> int:
     return min([int(psutil.virtual_memory().available), *_group_limits()])
 
 
+def memory_budget(asked: int | None) -> tuple[int, int]:
+    """Bytes that the whole process may have, `asked` or nearly all that is free, and how many of them it has already."""
+    in_use = psutil.Process().memory_info().rss
+    return asked or in_use + int(free_memory() * 0.9), in_use
+
+
 async def _read(disk: Disk, parts: Iterator[Extent], memories: Sequence[memoryview]) -> None:
     async def reader(memory: memoryview) -> None:
         for part in parts:

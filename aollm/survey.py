@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
-import psutil
 import torch
 from torch.nn import functional
 
@@ -21,7 +20,7 @@ from .experts import Key
 from .families import FAMILIES, TOWERS
 from .families.base import Family, Tower
 from .plan import RuntimePlan, make_plan
-from .probe import free_memory
+from .probe import memory_budget
 from .settings import RuntimeConfig
 from .text import Text
 from .weights import Piece, check_shape, dtype_of, expert_pieces, pieces_of, step_piece
@@ -70,8 +69,7 @@ async def survey(config: RuntimeConfig, folder: Path, disk: Disk, reason: str) -
     adapters = await anyio.to_thread.run_sync(_adapters, config, family, checkpoint)
     if tower is not None:
         await anyio.to_thread.run_sync(_without_memory)
-    in_use = psutil.Process().memory_info().rss
-    memory = config.memory or in_use + int(free_memory() * 0.9)
+    memory, in_use = memory_budget(config.memory)
     plan = make_plan(
         config, str(described["model_type"]), family, pieces, experts, (tower, tower_pieces), adapters.nbytes,
         memory, in_use, (disk.name, reason), checkpoint.fingerprint is not None,

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 import anyio.to_thread
-import psutil
 import torch
 
 from .adapters import Adapters
@@ -32,7 +31,7 @@ from .kv import open_cache
 from .passes import Assembled, validated
 from .plan import RuntimePlan
 from .port import Port
-from .probe import CHUNK, drive_speed, free_memory
+from .probe import CHUNK, drive_speed, memory_budget
 from .request import Request
 from .settings import RuntimeConfig
 from .stores.cache import Cache
@@ -189,8 +188,7 @@ async def _plan_generic(
 
     _check(config, reason)
     checkpoint = await open_checkpoint(folder, disk)
-    in_use = psutil.Process().memory_info().rss
-    memory = config.memory or in_use + int(free_memory() * 0.9)
+    memory, in_use = memory_budget(config.memory)
 
     def plan() -> GenericPlan:
         return generic.make_plan(

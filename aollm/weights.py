@@ -196,11 +196,6 @@ class Weights:
         assert self._ahead is not None
         return await self._ahead.next()
 
-    @property
-    def streamed_extents(self) -> list[Extent]:
-        """What a pass reads, in order."""
-        return [extent for index in self.streamed for extent, _ in self.pieces[index].reads]
-
     def __repr__(self) -> str:
         return f"<Weights {len(self._kept)} pieces pinned, {len(self.streamed)} streamed, {self._ahead}>"
 
