@@ -33,5 +33,5 @@ $(READY): pyproject.toml constraints.txt
 	@test -x .venv/bin/pip || $(PYTHON) -m venv .venv || \
 		{ echo "could not make .venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "installing into .venv (once, some minutes)" >&2
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint,plots,server,trio]' -c constraints.txt
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint,docs,plots,server,trio]' -c constraints.txt
 	@touch $@

@@ -37,7 +37,7 @@ Size = Annotated[int, BeforeValidator(nbytes)]
 
 
 Strategy = Literal[
-    "resident", "chunked", "paged", "streamed-segmented", "log-structured-journal", "sliding-window-ring-buffer",
+    "auto", "resident", "chunked", "paged", "streamed-segmented", "log-structured-journal", "sliding-window-ring-buffer",
     "quantized-cold-tier", "tiered-write-back",
 ]  # fmt: skip
 
@@ -46,6 +46,12 @@ def _path(value: object) -> Path:
     if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
         raise ValueError(f"the path of a folder, not {value!r}")
     return Path(os.path.abspath(os.path.expanduser(value)))
+
+
+def _device(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value):
+        raise ValueError(f"auto, cpu, cuda or cuda:N, not {value!r}")
+    return value
 
 
 def _cache_dir() -> Path:
@@ -70,12 +76,17 @@ class RuntimeConfig(_Settings):
     A model of the Hub is downloaded into `models_dir`, None being huggingface_hub's own cache; what is whole there is not
     fetched again without `force_download`.
     `backend` names a tier, `auto` is the native one where it can, unless not `use_specialization`, else transformers'.
-    `offload_cpu_layers` keeps just so many layers in memory, chosen by `offload_cpu_policy`; None keeps as much as fits.
+    `device` computes (`auto` is a CUDA device where there is one), with at most `device_memory` of its memory. `offload_gpu_layers`
+    keeps just so many layers there, `offload_cpu_layers` so many in the host's memory, chosen by `offload_cpu_policy`; None keeps
+    as much as fits.
     Without `multimodal` a model's towers for images or sound are left out, and memory is not set aside for them.
     `adapter_dir` is a LoRA adapter's folder, or one with such folders in it, or folders by name; requests choose by name.
     `expert_memory` bounds what experts may have of the memory, though four always have room; None is all that is left.
-    `kv_cache_strategy` says where keys and values are kept, `kv_cache_memory` how much of the memory they may have,
-    `kv_cache_lifecycle` whether they outlive the runtime, in `cache_dir`, within `kv_cache_max_bytes` and `kv_cache_max_age_s`.
+    `kv_cache_strategy` says where keys and values are kept (`auto`: as `strategy_selector_profile` chooses), `kv_cache_memory` how
+    much of the memory they may have, `kv_cache_lifecycle` whether they outlive the runtime, in `cache_dir`, within
+    `kv_cache_max_bytes` and `kv_cache_max_age_s`. `kv_cache_adaptation_mode`: whether another strategy is recommended, or taken,
+    between requests. Without `use_cache` no prompt takes anything from what was computed for another.
+    `verbose` and `quiet`: how much is said on stderr besides.
     """
 
     model_reference: str
@@ -84,9 +95,14 @@ class RuntimeConfig(_Settings):
     models_dir: Annotated[Path, BeforeValidator(_path)] | None = None
     force_download: bool = False
     memory: Size | None = None
+    device: Annotated[str, BeforeValidator(_device)] = "auto"
+    device_memory: Size | None = None
     max_context_tokens: int | None = Field(None, ge=1)
     max_concurrent_requests: int = Field(16, ge=1, le=4096)
+    use_cache: bool = True
     kv_cache_strategy: Strategy = "resident"
+    strategy_selector_profile: Literal["balanced", "latency", "capacity", "bounded-window"] = "balanced"
+    kv_cache_adaptation_mode: Literal["disabled", "observe-only", "automatic"] = "observe-only"
     kv_cache_lifecycle: Literal["runtime-scoped", "persistent"] = "runtime-scoped"
     kv_cache_window_tokens: int | None = Field(None, ge=1)
     kv_cache_memory: Size | None = None
@@ -101,6 +117,9 @@ class RuntimeConfig(_Settings):
     dense_projection_chunk_rows: int | None = Field(None, ge=1, le=16384)
     offload_cpu_layers: int | None = Field(None, ge=0)
     offload_cpu_policy: Literal["auto", "prefix", "suffix", "middle-band"] = "auto"
+    offload_gpu_layers: int | None = Field(None, ge=0)
+    verbose: bool = False
+    quiet: bool = False
 
     @property
     def max_answers(self) -> int:
@@ -144,6 +163,7 @@ class GenerationConfig(_Settings):
     seed: int | None = None
     logprobs: int = 0
     n: int = Field(1, ge=1, le=MAX_ANSWERS)
+    stream: bool = True
     context_shift: Literal["stop", "rotate", "prefill"] = "stop"
     keep_tokens: int = Field(4, ge=0)
     cache_salt: str = Field("", max_length=256)
