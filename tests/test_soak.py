@@ -13,7 +13,7 @@ import pytest
 
 from aollm import Runtime
 
-SECONDS = float(os.environ.get("AOLLM_SOAK_SECONDS", "600"))
+SECONDS = float(os.environ.get("SOAK_SECONDS", "600"))
 PROMPTS = ["Once upon a time", "One rainy Sunday", "The secret number of Mira is", "One two three", "A fox and a goat"]
 
 

@@ -1,24 +1,34 @@
 """The commands of `aollm`, one module each, with a `main(terminal, options)` that returns the exit code.
 
-`options` are those that were given, by the names of the settings.
+`options` are those that were given, by the names of the settings. Settings are imported when they are read, and torch with
+them: a command that has none is answered at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, RequestError
-from ..settings import GenerationConfig, RuntimeConfig
+
+if TYPE_CHECKING:
+    from ..settings import GenerationConfig, RuntimeConfig
 
 
 def runtime_config(options: Mapping[str, Any]) -> RuntimeConfig:
-    """The runtime's settings among `options`. Raises `ConfigError`."""
-    return RuntimeConfig.of(options["model"], {name: value for name, value in options.items() if name in RuntimeConfig.model_fields})
+    """The runtime's settings among `options`, and those that are configured. Raises `ConfigError`."""
+    from ..settings import RuntimeConfig
+
+    return RuntimeConfig.of(options.get("model"), {name: value for name, value in options.items() if name in RuntimeConfig.model_fields})
 
 
 def generation_config(options: Mapping[str, Any]) -> GenerationConfig:
-    """The answer's settings among `options`. Raises `ConfigError`: they were typed, so a wrong one is bad use."""
+    """The answer's settings among `options`, and those that are configured.
+
+    Raises `ConfigError`: they were typed, so a wrong one is bad use.
+    """
+    from ..settings import GenerationConfig
+
     try:
         config = GenerationConfig.of(None, {name: value for name, value in options.items() if name in GenerationConfig.model_fields})
         _ = config.sampling  # has ranges of its own
