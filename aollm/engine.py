@@ -7,12 +7,13 @@ whether they prefill or decode. It refuses to know text, settings and where weig
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 from torch import Tensor
 
 from .batch import Batch, Segment
@@ -59,7 +60,9 @@ class Engine:
     """Serves requests with one model until it is cancelled."""
 
     def __init__(self, model: Model, embedding: Embedding, towers: Towers, compute: Compute, limits: Limits) -> None:
-        self._model, self._embedding, self._towers, self._compute, self._limits = model, embedding, towers, compute, limits
+        self._model, self._embedding, self._towers, self._compute, self.limits = model, embedding, towers, compute, limits
+        self.between: Callable[[], Awaitable[None]] = anyio.lowlevel.checkpoint
+        """Waited for whenever nobody rides, before the next one joins."""
         self._cache = model.cache
         self._cache.freed = self.wake
         self._cache.compute = compute.run
@@ -67,8 +70,13 @@ class Engine:
         self._inbox: deque[Request] = deque()
         self._riders: list[Request] = []
         self._work = anyio.Event()
+        self._held: Request | None = None
         self._closed = False
         self.passes = 0
+        self.served = self.waited = self.refused = 0
+        """Requests that have ridden; that had to wait until there was room for their keys and values; that would never have had it."""
+        self.most_tokens = 0
+        """The most tokens that riders could come to, together with what sessions kept."""
 
     def submit(self, request: Request) -> None:
         """Have `request` join as soon as it fits; those that came before it go first."""
@@ -76,6 +84,8 @@ class Engine:
             raise RequestError(CLOSED)
         room, wanted = self._cache.pool.tokens, self._cache.reservation(request.tokens_at_most, len(request.answers))
         if wanted > room:
+            self.refused += 1
+            self.wake()
             raise RequestError(
                 f"this request can come to {wanted} tokens of KV in memory, the runtime has room for {room}; "
                 "shorten the prompt, lower max_new_tokens or n, or open the runtime with more memory or a larger max_context_tokens"
@@ -128,6 +138,8 @@ class Engine:
             self._work = anyio.Event()
             for request in [rider for rider in self._riders if rider.cancelled]:
                 await self._retire(request)
+            if not self._riders:
+                await self.between()
             for request in [waiting for waiting in self._inbox if waiting.cancelled]:
                 self._inbox.remove(request)
                 request.close()
@@ -204,7 +216,7 @@ class Engine:
                         choice.store, choice.position = segment.store.fork(), answer.position
                     request.accept(choice, draw)
                     choice.store.accept([draw.id])
-                    if choice.position >= self._limits.context and not choice.finished:
+                    if choice.position >= self.limits.context and not choice.finished:
                         await shift(choice, self._model, self._compute)
             if not request.live:
                 await self._retire(request)
@@ -246,13 +258,17 @@ class Engine:
     async def _joins(self, request: Request) -> bool:
         """Let the first in line ride, if there is room; it takes what is stored of its prompt along."""
         answers = sum(len(rider.answers) for rider in self._riders) + len(request.answers)
-        if len(self._riders) >= self._limits.requests or (self._riders and answers > self._limits.answers):
+        if len(self._riders) >= self.limits.requests or (self._riders and answers > self.limits.answers):
             return False
         store = await self._store_for(request)
         if store is None:
+            self.waited += request is not self._held
+            self._held = request
             return False
         self._inbox.popleft()
         self._riders.append(request)
+        kept = sum(store.tokens for store in self._cache.idle.values())
+        self.most_tokens = max(self.most_tokens, kept + sum(rider.tokens_at_most for rider in self._riders))
         answer = request.answers[0]
         answer.store = store
         known = request.prompt[:-1]  # the last token's logits are wanted
@@ -290,7 +306,7 @@ class Engine:
 
     def _pack(self, ready: list[Answer]) -> Batch:
         decoding = [answer for answer in ready if len(answer.pending) == 1]
-        room = min(self._limits.rows - len(decoding), RIDING_ROWS if decoding else self._limits.rows)
+        room = min(self.limits.rows - len(decoding), RIDING_ROWS if decoding else self.limits.rows)
         parts = [(answer, 1) for answer in decoding]
         for answer in (answer for answer in ready if len(answer.pending) > 1):
             rows = min(len(answer.pending), room)
@@ -306,6 +322,7 @@ class Engine:
         """Give back all that a request holds."""
         if request in self._riders:
             self._riders.remove(request)
+            self.served += 1
         with anyio.CancelScope(shield=True):
             for answer in request.answers:
                 store, answer.store = answer.store, None

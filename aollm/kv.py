@@ -15,9 +15,10 @@ from .disk.base import Disk, Extent
 from .errors import ConfigError, StoreError
 from .families.base import Family
 from .maths.attention import BLOCK
-from .plan import RuntimePlan
+from .runtime_plan import KvShare, RuntimePlan, kv_share
 from .settings import RuntimeConfig
 from .stores.cache import Cache
+from .stores.home import Home
 from .stores.identity import Identity
 from .stores.lifecycle import Lifecycle, RuntimeScoped
 from .stores.persistent import Persistent
@@ -43,7 +44,7 @@ async def open_cache(
     window = config.kv_cache_window_tokens
     shape = Shape(kv.layers, kv.heads, kv.head_dim, kv.dtype)
     records: Records | None = None
-    lifecycle: Lifecycle = RuntimeScoped()
+    lifecycle: Lifecycle = _scoped(config)
     if preset.layout is not None:
         record = _record_nbytes(preset, shape)
         if config.kv_cache_max_bytes is not None and config.kv_cache_max_bytes < record * kv.layers:
@@ -62,6 +63,34 @@ async def open_cache(
     )  # fmt: skip
 
 
+async def open_home(
+    config: RuntimeConfig, plan: RuntimePlan, folder: Path, family: Family, checkpoint: Checkpoint, disk: Disk, trace: Trace
+) -> Home:  # fmt: skip
+    """Where the cache of a runtime that was opened as `plan` says could move to be as `config` asks for, in the memory that it has.
+
+    Raises `MemoryBudgetError` where that is too little, `StoreError` for a folder that cannot be used.
+    """
+    kv, preset = family.kv, PRESETS[config.kv_cache_strategy]
+    direct = await anyio.to_thread.run_sync(reads_directly, folder)
+    memory = plan.kv_tokens * kv.token_nbytes + plan.kv_ring_nbytes
+    if preset.layout is None:
+        policy = spill_policy(1, memory, direct, plan.state_snapshot_nbytes)
+        return Home(None, preset.residency, policy, plan.kv_tokens, plan.max_rows)
+
+    def within(nbytes: int) -> KvShare:
+        fields = {"kv_cache_memory": max(nbytes, 1), "max_context_tokens": plan.max_context_tokens}
+        return kv_share(config.model_copy(update=fields), family, memory)
+
+    share = within(memory - within(memory).ring_nbytes)  # the ring's bytes are among those that a resident cache has
+    shape = Shape(kv.layers, kv.heads, kv.head_dim, kv.dtype)
+    records, _ = await _records(config, preset, folder, shape, family, checkpoint, disk, trace)
+    tokens = min(share.tokens, plan.kv_tokens)
+    policy = spill_policy(records.record_nbytes, tokens * kv.token_nbytes, direct, plan.state_snapshot_nbytes)
+    rows = min(plan.max_rows, share.most_rows(kv.layers))
+    rows = rows // plan.chunk_rows * plan.chunk_rows or rows
+    return Home(records, preset.residency, policy, tokens, rows, share.ring_nbytes, share.ring_nbytes // (config.prefetch_depth + 1))
+
+
 async def _records(
     config: RuntimeConfig, preset: Preset, folder: Path, shape: Shape, family: Family, checkpoint: Checkpoint, disk: Disk, trace: Trace
 ) -> tuple[Records, Lifecycle]:  # fmt: skip
@@ -70,7 +99,7 @@ async def _records(
     layout = preset.layout(_record_nbytes(preset, shape), config.kv_cache_window_tokens)
     if config.kv_cache_lifecycle == "runtime-scoped":
         scratch = await anyio.to_thread.run_sync(Scratch.open, root)
-        return Records(disk, scratch, layout, preset.codec, shape, trace), RuntimeScoped()
+        return Records(disk, scratch, layout, preset.codec, shape, trace), _scoped(config)
     if family.kv.depends_on_length:
         raise ConfigError(
             "kv_cache_lifecycle: this model's keys depend on the prompt's length (its RoPE type), so prompts cannot share them; "
@@ -101,6 +130,10 @@ async def _records(
     return records, Persistent(volume, records, config.kv_cache_max_bytes, config.kv_cache_max_age_s)
 
 
+def _scoped(config: RuntimeConfig) -> RuntimeScoped:
+    return RuntimeScoped() if config.use_cache else RuntimeScoped("nothing is taken from other prompts (use_cache is false)")
+
+
 def _record_nbytes(preset: Preset, shape: Shape) -> int:
     return record_nbytes(preset.codec.payload_nbytes(BLOCK, shape.row_nbytes, shape.dtype.itemsize))
 
@@ -108,6 +141,7 @@ def _record_nbytes(preset: Preset, shape: Shape) -> int:
 def cache_state(config: RuntimeConfig, cache: Cache) -> dict[str, Any]:
     """Where keys and values are at this moment, and what has happened to them since the runtime was opened."""
     preset, records, pool, writer = PRESETS[config.kv_cache_strategy], cache.records, cache.pool, cache.writer
+    done = cache.tallies()
     rows = [pool.rows(layer) for layer in range(pool.layers)]
     in_memory = {"layer_count": sum(map(bool, rows)), "tokens": max(rows, default=0), "bytes": 2 * pool.row_nbytes * sum(rows)}
     hot = in_memory if preset.residency.mode == "tiered-write-back" else dict.fromkeys(in_memory, 0)
@@ -135,13 +169,13 @@ def cache_state(config: RuntimeConfig, cache: Cache) -> dict[str, Any]:
         "persisted_tokens": max(stored.values(), default=0),
         "persisted_bytes": records.layout.nbytes if records is not None else 0,
         "persisted_artifact_count": kept + len(passing),
-        "compaction_count": writer.compactions if writer is not None else 0,
-        "spill_count": writer.spills if writer is not None else 0,
-        "spilled_tokens": writer.spilled_tokens if writer is not None else 0,
+        "compaction_count": sum(tally.compactions for tally in done),
+        "spill_count": sum(tally.spills for tally in done),
+        "spilled_tokens": sum(tally.spilled_tokens for tally in done),
         **{f"resident_{name}": value for name, value in in_memory.items()},
         **{f"hot_{name}": value for name, value in hot.items()},
-        "misses_corrupt": records.corrupt if records is not None else 0,
-        "misses_unreadable": records.unreadable if records is not None else 0,
+        "misses_corrupt": sum(tally.corrupt for tally in done),
+        "misses_unreadable": sum(tally.unreadable for tally in done),
         "reserved_tokens": pool.reserved,
         "trouble": str(writer.trouble) if writer is not None and writer.trouble is not None else None,
     }

@@ -6,9 +6,10 @@ cells lie, and which requests the sequences belong to.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
@@ -16,14 +17,16 @@ from ..buffers import PAGE, Ring
 from ..errors import StoreError
 from ..maths.attention import BLOCK
 from .cell import Cell, copied
+from .home import Home
+from .interruptible import Interruptible
 from .lifecycle import Lifecycle
 from .memory import Memory
 from .pool import BlockPool, Slot
-from .record import DamageError
+from .record import DamageError, Place
 from .records import Loaded, Records
 from .residency import Residency, SpillPolicy
 from .store import Store
-from .writer import Writer
+from .writer import Tally, Writer
 
 MANY = 64
 """Slots whose memory takes milliseconds to give back: longer than an event loop should wait."""
@@ -45,14 +48,19 @@ class Cache:
         self.memory = Memory(pool, records)
         self.writer = Writer(self.memory, records, residency, lifecycle, policy) if records is not None else None
         self.evictions = self.evicted_tokens = 0
+        self.displaced = 0
+        """Idle stores that were closed to make room."""
         self.idle: dict[int, Store] = {}
         """Stores that sessions keep while nothing is asked of them, the longest idle first."""
         self.freed: Callable[[], None] = lambda: None
         """Called when memory was given back."""
         self.compute: Callable[..., Awaitable[Any]] = anyio.to_thread.run_sync
         """Runs a function where torch may compute and slots are filled."""
+        self.writing = Interruptible()
+        """What `run` does."""
         self._stores: dict[int, Store] = {}
         self._numbers = 0
+        self._former: list[Tally] = []
 
     def next_number(self) -> int:
         """A number that no other sequence has, in this cache or on disk."""
@@ -158,6 +166,7 @@ class Cache:
         for store in self.idle.values():
             if store is not keep:
                 await store.aclose()
+                self.displaced += 1
                 return True
         return False
 
@@ -211,27 +220,56 @@ class Cache:
                 self.writer.settle(store, layer)
         self.memory.evict(layer)
 
+    def tallies(self) -> list[Tally]:
+        """What was done with cells on disk, in this home and in former ones."""
+        now = [Tally.of(self.writer, self.records)] if self.writer is not None and self.records is not None else []
+        return [*self._former, *now]
+
     def has_room(self, layer: int) -> bool:
         """Whether a block of `layer` that was read may stay in memory. For the compute thread."""
         return self.memory.over(layer) < 0 and self.writer is not None and self.writer.idle
 
     async def run(self) -> None:
         """Write behind, until cancelled."""
-        if self.writer is not None:
-            await self.writer.run()
+        await self.writing.run(self._write_behind)
+
+    def rehouse(self, home: Home, places: Mapping[Cell, Place]) -> Records | None:
+        """Go on in `home`, between passes and while nothing is written: all idle histories are in memory but for `places`, where
+        those cells lie now. Returns the records that were left, of which nothing is in use; only for what is gone with its runtime."""
+        left = self.records
+        self._former = self.tallies()
+        if left is not None:
+            for cell in list(left.placed.values()):
+                left.forget(cell)
+        self.records, self.policy, self.pool.tokens = home.records, home.policy, home.tokens
+        self.ring, self.run_nbytes = Ring(max(home.ring_nbytes, PAGE)), home.run_nbytes
+        self.memory.rehouse(home.records)
+        self.writer = None
+        if home.records is not None:
+            self.writer = Writer(self.memory, home.records, home.residency, self.lifecycle, home.policy)
+            for cell, place in places.items():
+                home.records.keep(cell, place)
+        for store in self._stores.values():
+            store.rehoused(self.next_number())
+        self._stores, self.idle = ({store.number: store for store in stores.values()} for stores in (self._stores, self.idle))
+        for store in self.idle.values():
+            needed = self.reservation(store.tokens, 1)
+            self.pool.release(store.reserved - needed)
+            store.reserved = needed
+        return left
 
     async def flush(self) -> None:
         """Return when all whole accepted blocks are written and durable. Raises `StoreError` or `DiskError`."""
-        if self.writer is None:
+        if (writer := self.writer) is None:
             return
         for store in self._stores.values():
             for layer in range(self.pool.layers):
-                self.writer.settle(store, layer, everything=True)
-        while not self.writer.idle:
-            await self.writer.progress()
-        if self.writer.failure is not None:
-            raise self.writer.failure
-        await self.writer.sync()
+                writer.settle(store, layer, everything=True)
+        while not writer.idle:
+            await writer.progress()
+        if writer.failure is not None:
+            raise writer.failure
+        await writer.sync()
 
     async def aclose(self) -> None:
         """Write what is to outlive the runtime, and give everything back; nothing else runs any more."""
@@ -243,6 +281,9 @@ class Cache:
 
     def __repr__(self) -> str:
         return f"<Cache {len(self._stores)} stores, {self.memory}>"
+
+    async def _write_behind(self) -> None:
+        await (self.writer.run() if self.writer is not None else anyio.sleep_forever())
 
     def _ended(self, store: Store) -> None:
         self.memory.see_off()

@@ -94,13 +94,17 @@ class RuntimeScoped:
     name, persistent, tends_every_s = "runtime-scoped", False, math.inf
     kept = 0, 0
 
+    def __init__(self, reason: str = "nothing is kept between runs (kv_cache_lifecycle is runtime-scoped)") -> None:
+        """`reason`: why a prompt finds nothing of itself."""
+        self._reason = reason
+
     def root(self, salt: str) -> bytes:
         """No digests are needed."""
         return NOBODY
 
     async def find(self, root: bytes, ids: Sequence[int], window: int | None) -> Prefix:
         """Nothing."""
-        return Prefix(0, "nothing is kept between runs (kv_cache_lifecycle is runtime-scoped)")
+        return Prefix(0, self._reason)
 
     async def written(self, items: Sequence[tuple[Store, Cell]]) -> None:
         """Nothing to do."""

@@ -23,6 +23,8 @@ class Memory:
         self.share = pool.tokens
         self.passed = pool.layers
         """Layers below it are not needed again by the pass under way."""
+        self.dropped = 0
+        """Blocks that have left memory because others needed their room."""
         self._clean: list[dict[Cell, None]] = [{} for _ in range(pool.layers)]  # on disk too
         self._left: deque[Cell] = deque()
 
@@ -31,6 +33,11 @@ class Memory:
         with self.pool.lock:
             for cell in cells:
                 cell.owners += 1
+
+    def rehouse(self, records: Records | None) -> None:
+        """`records` takes the place of the former ones, in which nothing is left."""
+        self._records, self.share = records, self.pool.tokens
+        self._clean = [{} for _ in range(self.pool.layers)]
 
     def disown(self, cells: Iterable[Cell]) -> None:
         """One owner less of each; what nobody owns leaves memory, and the disk unless it is stored for good."""
@@ -98,6 +105,7 @@ class Memory:
     def _drop(self, layer: int) -> None:
         cell, _ = self._clean[layer].popitem()  # the newest: the next pass begins with the oldest
         self._empty(cell)
+        self.dropped += 1
 
     def _empty(self, cell: Cell) -> None:
         if cell.slot is not None:

@@ -86,6 +86,11 @@ class BlockPool:
         return self._filled[layer] - self._emptied[layer]
 
     @property
+    def spare(self) -> int:
+        """Slots that nobody has."""
+        return len(self._free)
+
+    @property
     def row_nbytes(self) -> int:
         """Bytes of one row of keys."""
         return self.shape.row_nbytes

@@ -171,6 +171,16 @@ class Records:
             self.free([cell.place])
             cell.place = None
 
+    def keep(self, cell: Cell, place: Place) -> None:
+        """`place`, which was written from a copy of `cell`, is the cell's, if anybody still owns that."""
+        name = place.extent.file, place.extent.offset
+        if cell.owners:
+            cell.place = place
+            self.placed[name] = cell
+        else:
+            self.placed.pop(name, None)
+            self.free([place])
+
     def free(self, places: Iterable[Place]) -> None:
         """Room that may be used again; files that nothing is left in are removed when no pass is under way."""
         for place in places:

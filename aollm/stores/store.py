@@ -123,6 +123,12 @@ class Store:
         self.ids, self.private = list(ids), True
         del self._digests[1:]
 
+    def rehoused(self, number: int) -> None:
+        """Its cells are where they are to stay: it is called `number` from now on, and its whole cells in memory are on no disk."""
+        self.number = number
+        whole = [[cell for cell in cells if cell.rows == BLOCK and cell.place is None] for cells in self._cells]
+        self.dirty = [[cell for cell in cells if cell.start + BLOCK <= self._lengths[layer]] for layer, cells in enumerate(whole)]
+
     def fork(self) -> Store:
         """A store that shares this one's cells."""
         twin = Store(self._cache, self._cache.next_number(), self.root)

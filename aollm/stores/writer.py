@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 
@@ -22,6 +23,25 @@ from .memory import Memory
 from .records import NOBODY, Item, Records
 from .residency import Residency, SpillPolicy
 from .store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What was done with cells on disk so far."""
+
+    spills: int
+    spilled_tokens: int
+    compactions: int
+    written_nbytes: int
+    corrupt: int
+    unreadable: int
+
+    @classmethod
+    def of(cls, writer: Writer, records: Records) -> Tally:
+        """What `writer` did, and what `records` met."""
+        return cls(
+            writer.spills, writer.spilled_tokens, writer.compactions, records.written_nbytes, records.corrupt, records.unreadable,
+        )  # fmt: skip
 
 
 class Writer:
