@@ -30,12 +30,16 @@ class _Slot(Generic[Result]):
 
 
 class Ahead(Generic[Item, Result]):
-    """`async with Ahead(plan, nbytes, load, ring) as ahead`, then `await ahead.next()` for each item of `plan`."""
+    """`async with Ahead(plan, nbytes, load, ring) as ahead`, then `await ahead.next()` for each item of `plan`.
+
+    `in_turn`: a load begins when the one before it is done.
+    """
 
     def __init__(
-        self, plan: Iterable[Item], nbytes: Callable[[Item], int], load: Callable[[Item, Lease], Awaitable[Result]], ring: Ring
-    ) -> None:
-        self._plan, self._nbytes, self._load, self._ring = plan, nbytes, load, ring
+        self, plan: Iterable[Item], nbytes: Callable[[Item], int], load: Callable[[Item, Lease], Awaitable[Result]], ring: Ring,
+        in_turn: bool = False,
+    ) -> None:  # fmt: skip
+        self._plan, self._nbytes, self._load, self._ring, self._in_turn = plan, nbytes, load, ring, in_turn
         self._slots: deque[_Slot[Result]] = deque()
         self._grown = anyio.Event()
         self._group: TaskGroup = anyio.create_task_group()
@@ -76,7 +80,10 @@ class Ahead(Generic[Item, Result]):
             self._slots.append(slot)
             self._grown.set()
             self._grown = anyio.Event()
-            self._group.start_soon(self._fill, item, slot)
+            if self._in_turn:
+                await self._fill(item, slot)
+            else:
+                self._group.start_soon(self._fill, item, slot)
 
     async def _fill(self, item: Item, slot: _Slot[Result]) -> None:
         try:

@@ -24,25 +24,25 @@ MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 
 @dataclass(slots=True)
 class Ledger:
-    """`limit` bytes for the whole process and what has been promised of them, line by line."""
+    """`limit` bytes for the whole process, as `setting` has it, and what has been promised of them, line by line."""
 
     limit: int
     lines: dict[str, int] = field(default_factory=dict)
+    setting: str = "memory"
 
     @property
     def free(self) -> int:
         """Bytes not promised yet (negative when over)."""
         return self.limit - sum(self.lines.values())
 
-    def reserve(self, name: str, nbytes: int) -> None:
-        """Promise `nbytes` to `name`; raises `MemoryBudgetError` when they are not there."""
+    def reserve(self, name: str, nbytes: int, lower: str = "max_context_tokens, max_concurrent_requests or prefetch_depth") -> None:
+        """Promise `nbytes` to `name`; raises `MemoryBudgetError` when they are not there. `lower`: the settings to lower then."""
         if nbytes > self.free:
             lines = {**self.lines, name: nbytes}
             largest = sorted(lines.items(), key=lambda line: -line[1])[:4]
             raise MemoryBudgetError(
-                f"memory={size(self.limit)} is too small: this run needs at least {size(sum(lines.values()))}; its largest parts are "
-                + ", ".join(f"{name} {size(n)}" for name, n in largest)
-                + "; raise memory, or lower max_context_tokens, max_concurrent_requests or prefetch_depth"
+                f"{self.setting}={size(self.limit)} is too small: this run needs at least {size(sum(lines.values()))}; its largest parts "
+                f"are {', '.join(f'{name} {size(n)}' for name, n in largest)}; raise {self.setting}, or lower {lower}"
             )
         self.lines[name] = self.lines.get(name, 0) + nbytes
 
@@ -120,10 +120,14 @@ class Lease:
 
 
 class Ring:
-    """Memory for what streams: leases are cut one after the other and come back, roughly, in the same order."""
+    """Memory for what streams: leases are cut one after the other and come back, roughly, in the same order.
 
-    def __init__(self, nbytes: int) -> None:
-        self.arena = Arena(nbytes)
+    Not `backed`, it is leases alone, of memory that is elsewhere.
+    """
+
+    def __init__(self, nbytes: int, backed: bool = True) -> None:
+        self.nbytes = max(pages(nbytes), PAGE)
+        self.arena = Arena(nbytes if backed else 0)
         self._leases: deque[Lease] = deque()
         self._head = 0
         self._freed = anyio.Event()
@@ -131,8 +135,8 @@ class Ring:
     async def take(self, nbytes: int) -> Lease:
         """A lease of `nbytes`, as soon as so many are free in one piece. One taker at a time."""
         wanted = pages(nbytes)
-        if wanted > self.arena.nbytes:
-            raise MemoryBudgetError(f"a piece of {size(wanted)} does not fit the stream ring of {size(self.arena.nbytes)}")
+        if wanted > self.nbytes:
+            raise MemoryBudgetError(f"a piece of {size(wanted)} does not fit the stream ring of {size(self.nbytes)}")
         while (offset := self._place(wanted)) is None:
             await self._freed.wait()
         lease = Lease(self, offset, wanted)
@@ -150,7 +154,7 @@ class Ring:
             return 0
         tail = self._leases[0].offset
         if self._head > tail:
-            if self.arena.nbytes - self._head >= wanted:
+            if self.nbytes - self._head >= wanted:
                 return self._head
             return 0 if tail >= wanted else None
         return self._head if tail - self._head >= wanted else None
@@ -162,4 +166,4 @@ class Ring:
         self._freed = anyio.Event()
 
     def __repr__(self) -> str:
-        return f"<Ring {size(self.leased)} of {size(self.arena.nbytes)} in {len(self._leases)} leases>"
+        return f"<Ring {size(self.leased)} of {size(self.nbytes)} in {len(self._leases)} leases>"

@@ -23,15 +23,17 @@ AT_ONCE = 256
 
 
 class Embedding:
-    """Rows of `entry` [vocabulary, hidden]: from a tied head that is pinned, from a table of its own after `pin`, else read."""
+    """Rows of `entry` [vocabulary, hidden]: from a tied head that is kept, from a table of its own after `pin`, else read."""
 
     def __init__(self, entry: TensorEntry, family: Family, weights: Weights, disk: Disk, compute: Compute, trace: Trace) -> None:
         self._entry, self._family, self._disk, self._compute, self._trace = entry, family, disk, compute, trace
         self._row_nbytes = entry.extent.nbytes // entry.shape[0]
         heads = [index for index, piece in enumerate(weights.pieces) if piece.step is None]
-        kept = [weights.pinned(index) for index in heads]
+        kept = [weights.in_memory(index) for index in heads]
         self._blocks = [block["head"] for block in kept if block is not None] if family.head == family.embedding else []
-        if len(self._blocks) != len(heads):
+        self._apart = weights.device.apart
+        places = {weights.device.holds(block) for block in self._blocks}
+        if len(self._blocks) != len(heads) or len(places) != 1:  # rows of one pass come from one place
             self._blocks = []
 
     async def pin(self) -> None:
@@ -45,7 +47,7 @@ class Embedding:
     async def rows(self, ids: Sequence[int]) -> Tensor:
         """[T, hidden] for T token ids."""
         if self._blocks:
-            return self._kept(ids) if len(ids) <= FEW else await self._compute.run(self._kept, ids)
+            return self._kept(ids) if len(ids) <= FEW and not self._apart else await self._compute.run(self._kept, ids)
         order = {number: row for row, number in enumerate(dict.fromkeys(ids))}
         out = torch.empty(len(order), self._family.hidden, dtype=self._family.dtype)
         memory = memoryview(out.view(torch.uint8).numpy().data).cast("B")

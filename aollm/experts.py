@@ -17,11 +17,12 @@ import anyio
 from anyio.abc import TaskGroup
 
 from .buffers import Arena, pages
+from .device import Device
 from .disk.base import Disk, Priority
 from .errors import AollmError
 from .families.base import Params
+from .piece import Piece, read_piece, views
 from .trace import Event, Trace
-from .weights import Piece, read_piece, views
 
 Key = tuple[int, int]
 """A layer and the number of one of its experts."""
@@ -64,9 +65,10 @@ class ExpertCache:
     """The experts of one model, of which `slots` have room in memory. Enter it before anything is asked for; all methods are
     for the task that did."""
 
-    def __init__(self, pieces: Mapping[Key, Piece], slots: int, slot_nbytes: int, disk: Disk, trace: Trace) -> None:
+    def __init__(self, pieces: Mapping[Key, Piece], slots: int, slot_nbytes: int, disk: Disk, trace: Trace, device: Device) -> None:
         self._pieces, self._disk, self._trace = pieces, disk, trace
         self._arena = Arena(slots * slot_nbytes, huge=False)
+        self._undo = device.register(self._arena)
         self._slots = [_Slot(number * slot_nbytes) for number in range(slots)]
         self._where: dict[Key, _Slot] = {}
         self._asked: dict[Key, float] = {}
@@ -153,7 +155,8 @@ class ExpertCache:
 
     def forget(self) -> None:
         """Give the memory back; nothing can be asked for afterwards."""
-        self._slots, self._where, self._arena = [], {}, Arena(0)
+        self._undo()
+        self._slots, self._where, self._arena, self._undo = [], {}, Arena(0), lambda: None
 
     @property
     def in_memory(self) -> int:

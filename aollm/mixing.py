@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .berths import Berths
+from .device import Device
 from .errors import ModelError
 from .experts import FEW_ROWS
 from .families.base import Experts, Mixed, Params, Route, Step, Work
@@ -41,11 +43,12 @@ class Arrive:
 class _Part:
     """The rows of one chunk, sorted by expert."""
 
-    def __init__(self, route: Route) -> None:
+    def __init__(self, route: Route, device: Device | None) -> None:
         self.rows, self._gates, self._top = route.rows, route.gates, route.experts.shape[1]
         self.sum = torch.zeros_like(route.rows)
-        chosen = route.experts.flatten()
-        self._order = chosen.argsort(stable=True)
+        chosen = (route.experts if device is None else device.fetch(route.experts)).flatten()
+        order = chosen.argsort(stable=True)
+        self._order = order if device is None else device.put(order)
         counts = chosen.bincount()
         ends = counts.cumsum(0)
         self.spans = {number: (int(ends[number] - counts[number]), int(ends[number])) for number in counts.nonzero().flatten().tolist()}
@@ -61,16 +64,16 @@ class _Part:
 
 def mix(
     step: Step, beside: Params, works: Sequence[Work], foresee: Callable[[], tuple[int, list[int]] | None],
-    post: Callable[[Callable[[], object]], None], release: Callable[[int], None],
+    post: Callable[[Callable[[], object]], None], release: Callable[[int], None], berths: Berths | None = None,
 ) -> Generator[Fetch | Arrive, Any, list[Tensor]]:  # fmt: skip
     """Run a step's chunks, each up to its `Mixed`; returns what each is to be answered with, [T, hidden].
 
     `beside` are the step's own weights, `foresee()` guesses what the next layer will ask for, `release(n)` says that the first
-    n experts that came are not used any more.
+    n experts that came are not used any more. `berths`: where they are computed with, if not where they come to.
     """
     experts = step.experts
     assert experts is not None
-    parts = [_Part(_expect(work, Route)) for work in works]
+    parts = [_Part(_expect(work, Route), None if berths is None else berths.device) for work in works]
     wanted = sorted({number for part in parts for number in part.spans})
     if wanted and not 0 <= wanted[0] <= wanted[-1] < experts.count:
         raise ModelError(f"layer {step.layer} routes to expert {wanted[-1]}, but has {experts.count}")
@@ -82,7 +85,8 @@ def mix(
     at = 0
     while at < len(order):
         arrived: list[Params] = yield Arrive()
-        for number, weights in zip(order[at:], arrived, strict=False):
+        for number, came in zip(order[at:], arrived, strict=False):
+            weights = came if berths is None else berths.take(came, step.layer)
             held += [(number, part, *part.result(number, experts, weights, beside)) for part in parts if number in part.spans]
             if rows > FEW_ROWS:
                 _add(held)

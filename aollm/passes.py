@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import anyio
 import anyio.to_thread
 import torch
 from torch import Tensor
@@ -24,11 +25,13 @@ from .disk.base import Disk, Extent
 from .errors import DiskError, SpecializationError
 from .families.base import Angles, Attend, Params, Route, Step, Tower, Work
 from .maths.attention import BLOCK, Block, attend
-from .plan import RuntimePlan
+from .piece import Piece
+from .placement import Place
+from .runtime_plan import RuntimePlan
 from .settings import RuntimeConfig
 from .stores.presets import PRESETS
+from .stores.records import Records
 from .sweep import Model, run_step
-from .weights import Piece
 
 FEW = 3
 """Rows that a step is tried with."""
@@ -54,7 +57,8 @@ async def validated(runtime: Assembled) -> RuntimePlan:
     for planned in runtime.plan.passes:
         try:
             if planned.id == "disk-cache":
-                observed = await _writes(runtime)
+                root = runtime.config.cache_dir / PRESETS[runtime.config.kv_cache_strategy].root
+                observed = await writes(runtime.model.cache.records, root, runtime.disk)
             else:
                 observed = await runtime.compute.run(CHECKS[planned.id], runtime)
         except (*FOREIGN, OSError, DiskError) as error:
@@ -63,21 +67,22 @@ async def validated(runtime: Assembled) -> RuntimePlan:
     return replace(runtime.plan, passes=tuple(seen), specialization_state="applied")
 
 
-async def _writes(runtime: Assembled) -> str:
-    """The store's folder is under its root, and takes a block."""
-    records, root = runtime.model.cache.records, runtime.config.cache_dir / PRESETS[runtime.config.kv_cache_strategy].root
+async def writes(records: Records | None, root: Path, disk: Disk) -> str:
+    """What was seen of `disk-cache`: the folder of `records` is under `root`, and takes a block. Raises `SpecializationError` or
+    `DiskError` where that is not so."""
     folder = Path(records.volume.path) if records is not None else None
     if folder is None or not await anyio.to_thread.run_sync(_is_under, folder, root):
         raise _fails("disk-cache", f"the store is at {folder}, not under {root}")
     file, block = folder / "PROBE", memoryview(bytearray(os.urandom(4096)))
     back = memoryview(bytearray(4096))
     try:
-        await runtime.disk.write([Extent(str(file), 0, 4096)], [block])
-        await runtime.disk.read_into([Extent(str(file), 0, 4096)], [back])
+        await disk.write([Extent(str(file), 0, 4096)], [block])
+        await disk.read_into([Extent(str(file), 0, 4096)], [back])
     finally:
-        await runtime.disk.forget(str(file))
-        with suppress(OSError):  # what keeps it from being removed kept it from being written
-            await anyio.to_thread.run_sync(file.unlink)
+        with anyio.CancelScope(shield=True):
+            await disk.forget(str(file))
+            with suppress(OSError):  # what keeps it from being removed kept it from being written
+                await anyio.to_thread.run_sync(file.unlink)
     if back != block:
         raise _fails("disk-cache", f"{folder} gives back other bytes than were written")
     return f"a block was written under {root} and read back"
@@ -88,13 +93,23 @@ def _is_under(folder: Path, root: Path) -> bool:
     return root.parent.resolve() / root.name in folder.resolve().parents
 
 
-def _kept(runtime: Assembled) -> str:
-    weights, pinned = runtime.model.weights, sorted(runtime.plan.pinned)
-    for index in pinned:
-        params, piece = weights.pinned(index), weights.pieces[index]
-        if params is None or any(params[name].device.type != "cpu" for name in piece.params):
-            raise _fails("cpu-offload", f"{piece.label} is not in memory")
-    return f"{len(pinned)} of {len(weights.pieces)} pieces are in memory"
+def _kept(runtime: Assembled, name: str, place: Place, where: str) -> str:
+    """All that the placement has at a place is there, at hand."""
+    weights, device = runtime.model.weights, runtime.model.device
+    kept = [index for index, at in enumerate(runtime.plan.placement) if at == place]
+    for index in kept:
+        params, piece = weights.in_memory(index), weights.pieces[index]
+        if params is None or any(device.holds(params[each]) != (place == "device" or not device.apart) for each in piece.params):
+            raise _fails(name, f"{piece.label} is not {where}")
+    return f"{len(kept)} of {len(weights.pieces)} pieces are {where}"
+
+
+def _in_memory(runtime: Assembled) -> str:
+    return _kept(runtime, "cpu-offload", "host", "in memory")
+
+
+def _on_device(runtime: Assembled) -> str:
+    return _kept(runtime, "gpu-offload", "device", f"on {runtime.model.device.name}")
 
 
 def _chunks(runtime: Assembled) -> str:
@@ -172,7 +187,8 @@ def _exported(runtime: Assembled) -> str:
 
 
 CHECKS: dict[str, Callable[[Assembled], str]] = {
-    "cpu-offload": _kept,
+    "cpu-offload": _in_memory,
+    "gpu-offload": _on_device,
     "mlp-chunking": _chunks,
     "moe-routing": _routes,
     "attention-replacement": _folds,

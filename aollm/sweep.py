@@ -7,7 +7,7 @@ yields to the event loop, and is resumed with it. It refuses to know how request
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import pairwise
 from time import perf_counter
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from .adapters import Adapters
 from .batch import Batch, Segment
+from .berths import Berths
+from .device import Device, Host
 from .errors import StoreError
 from .experts import ExpertCache
 from .families.base import Angles, Attend, Family, Params, Recall, Step
@@ -25,12 +27,13 @@ from .itinerary import itinerary
 from .maths.attention import BLOCK, Attention, Block
 from .maths.layers import linear
 from .mixing import Arrive, Fetch, mix
+from .piece import Piece
 from .stores.cache import Cache
 from .stores.cell import Cell, copied
 from .stores.records import Loaded
 from .stores.store import Store
 from .trace import Event, Trace
-from .weights import Piece, Weights
+from .weights import Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,8 @@ Wait = Load | Leave | Gather | Room | Fetch | Arrive
 
 @dataclass(frozen=True)
 class Model:
-    """What every pass uses: the family, its weights and experts, the last norm, the KV cache, and how many rows are computed at a time."""
+    """What every pass uses: the family, its weights and experts, the last norm, the KV cache, how many rows are computed at a time,
+    and where. Keys, values and states are in the host's memory; what a step asks of them is brought there and back."""
 
     family: Family
     weights: Weights
@@ -79,6 +83,9 @@ class Model:
     trace: Trace
     post: Callable[[Callable[[], object]], None]
     """Has a call run on the event loop; callable from the compute thread."""
+    device: Device = field(default_factory=Host)
+    berths: Berths | None = None
+    """Where experts are computed with, if not where they are read to."""
 
     @cached_property
     def followed_by(self) -> dict[int, int]:
@@ -90,9 +97,10 @@ class Model:
 def sweep(model: Model, batch: Batch, x: Tensor) -> Generator[Wait, Any, tuple[Batch, Tensor]]:
     """Run rows x [T, hidden] through all pieces. Returns who stayed to the end and the logits [N, vocabulary] of those
     segments whose input ended, in order."""
-    x, angles, mask = model.family.begin(x), batch.angles(model.family), _mask(model, batch)
+    device = model.device
+    x, angles, mask = model.family.begin(device.put(x)), tuple(map(device.put, batch.angles(model.family))), _mask(model, batch)
     for first, rows in batch.inserts:
-        x[first : first + len(rows)] = rows
+        x[first : first + len(rows)] = device.put(rows)
     batch.inserts.clear()
     logits = last = torch.empty(0)
     for index, piece in enumerate(model.weights.pieces):
@@ -121,11 +129,11 @@ def sweep(model: Model, batch: Batch, x: Tensor) -> Generator[Wait, Any, tuple[B
                     logits[:, piece.first_row : piece.first_row + head.shape[0]] = linear(last, head)
         finally:
             if lease is not None:
-                model.post(lease.release)
+                model.post(partial(model.weights.release, lease, device.mark()))
         model.trace.add(_computed(piece, batch, start))
         for request in batch.requests:
             request.progress = (index + 1) / len(model.weights.pieces)
-    return batch, logits
+    return batch, device.fetch(logits)
 
 
 def _timed(model: Model, piece: Piece, batch: Batch, work: Generator[Wait, Any, Tensor]) -> Generator[Wait, Any, tuple[Tensor, float]]:
@@ -158,7 +166,8 @@ def run_step(
     works = [step.run(params, x[cut], tuple(kind[cut] for kind in angles)) for params, cut in zip(own, cuts, strict=True)]
     answers: list[Tensor | None] = [None] * len(works)
     if step.experts is not None:
-        answers = [*(yield from mix(step, weights, works, partial(_likely, model, step, x), model.post, model.experts.release))]
+        likely = partial(_likely, model, step, x)
+        answers = [*(yield from mix(step, weights, works, likely, model.post, model.experts.release, model.berths))]
     for cut, work, answer in zip(cuts, works, answers, strict=True):
         while True:
             try:
@@ -170,9 +179,11 @@ def run_step(
                     x[cut] = done.value
                 break
             if isinstance(effect, Attend):
-                answer = yield from _attend(model, effect, batch, cut.start, promoted if cut.stop == rows else None)
+                asked = effect if not model.device.apart else _fetched(effect, model.device)
+                answer = yield from _attend(model, asked, batch, cut.start, promoted if cut.stop == rows else None)
+                answer = model.device.put(answer)
             elif isinstance(effect, Recall):
-                answer = _carry(effect, batch, cut.start)
+                answer = _carry(effect, batch, cut.start, model.device)
     if step.attends is not None and model.cache.records is not None:
         stores = [segment.store for segment in batch.segments]
         model.post(partial(model.cache.settle, step.attends, stores, promoted))
@@ -192,7 +203,15 @@ def _likely(model: Model, step: Step, x: Tensor) -> tuple[int, list[int]] | None
 
 def _mask(model: Model, batch: Batch) -> Tensor | None:
     """Which row has which adapter."""
-    return model.adapters.mask([(segment.answer.request.adapter, segment.rows) for segment in batch.segments])
+    mask = model.adapters.mask([(segment.answer.request.adapter, segment.rows) for segment in batch.segments])
+    return None if mask is None else model.device.put(mask)
+
+
+def _fetched(effect: Attend, device: Device) -> Attend:
+    """The same in the host's memory."""
+    sinks = None if effect.sinks is None else device.fetch(effect.sinks)
+    queries, keys, values = map(device.fetch, (effect.queries, effect.keys, effect.values))
+    return Attend(effect.layer, queries, keys, values, effect.scale, sinks)
 
 
 def _attend(
@@ -251,15 +270,16 @@ def _fold(cell: Cell, store: Store, fold: Attention, loaded: tuple[Tensor, Tenso
     fold.add(Block(cell.start, loaded[0][:rows], loaded[1][:rows]))
 
 
-def _carry(effect: Recall, batch: Batch, first: int) -> Tensor:
+def _carry(effect: Recall, batch: Batch, first: int, device: Device) -> Tensor:
     """Carry each segment's state along its rows, and keep it at the ends of blocks."""
     answers = []
     for segment, low, high, position in batch.within(first, first + effect.rows[0].shape[0]):
         states, at = segment.store.states, low
         while at < high:
             end = min(high, at + BLOCK - (position + at - low) % BLOCK)
-            rows, state = effect.scan(tuple(kind[at:end] for kind in effect.rows), states.get(effect.layer))
-            states.put(effect.layer, state, position + end - low)
+            before = states.get(effect.layer)
+            rows, state = effect.scan(tuple(kind[at:end] for kind in effect.rows), None if before is None else device.put(before))
+            states.put(effect.layer, device.fetch(state), position + end - low)
             answers.append(rows)
             at = end
     return answers[0] if len(answers) == 1 else torch.cat(answers)

@@ -9,28 +9,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from time import perf_counter
 
+import torch
 from torch import Tensor
 
-from .ahead import Ahead
-from .buffers import Lease, Ring
+from .buffers import Ring
 from .compute import FOREIGN, Compute
+from .device import Device, Mark
 from .disk.base import Disk
 from .errors import ModelError
-from .families.base import Params
+from .families.base import Params, Tower
 from .item import Item
+from .piece import Piece
 from .placement import ring_nbytes
+from .supply import Landing, Supply, landing_nbytes
 from .trace import Event, Trace
-from .weights import Piece, read_piece, views
 
 DEPTH = 1
 """Pieces that are read ahead of the one that is computed with."""
+KEPT_ROWS = 2048
+"""Rows of images or sounds that are kept, or more if one can have more."""
 
 
 class Towers:
     """The tower of one model as its `pieces`, and the newest rows it gave, at most `kept_nbytes` of them."""
 
-    def __init__(self, pieces: Sequence[Piece], kept_nbytes: int, disk: Disk, compute: Compute, trace: Trace) -> None:
+    def __init__(self, pieces: Sequence[Piece], kept_nbytes: int, disk: Disk, compute: Compute, trace: Trace, device: Device) -> None:
         self._pieces, self._kept_nbytes, self._disk, self._compute, self._trace = pieces, kept_nbytes, disk, compute, trace
+        self._device = device
         self._kept: dict[bytes, Tensor] = {}
         self.runs = 0
 
@@ -49,35 +54,46 @@ class Towers:
         self._kept.clear()
 
     async def _run(self, item: Item) -> Tensor:
-        ring = Ring(tower_ring_nbytes(self._pieces))
-
-        async def load(piece: Piece, lease: Lease) -> Params:
-            await read_piece(piece, ring.arena, lease.offset, "layer_load", self._disk, self._trace)
-            return views(piece, ring.arena, lease.offset)
-
+        device, ring = self._device, Ring(tower_ring_nbytes(self._pieces))
+        landing = Landing.of(device, landing_nbytes(self._pieces, DEPTH)) if device.apart else None
         x = item.prepared
-        async with Ahead(self._pieces, lambda piece: piece.nbytes, load, ring) as ahead:
-            for piece in self._pieces:
-                weights, lease = await ahead.next()
-                x = await self._compute.run(self._step, piece, weights, x)
-                lease.release()
-        self.runs += 1
-        return x
+        try:
+            async with Supply(self._pieces, ring, self._pieces, landing, {}, self._disk, self._trace) as supply:
+                for piece in self._pieces:
+                    weights, lease = await supply.next()
+                    x, mark = await self._compute.run(self._step, piece, weights, x)
+                    if landing is not None:
+                        landing.mark = mark
+                    lease.release()
+            self.runs += 1
+            return await self._compute.run(device.fetch, x) if device.apart else x
+        finally:
+            if landing is not None:
+                landing.memory.forget()
 
-    def _step(self, piece: Piece, weights: Params, x: Tensor) -> Tensor:
+    def _step(self, piece: Piece, weights: Params, x: Tensor) -> tuple[Tensor, Mark]:
         assert piece.step is not None
         start = perf_counter()
         try:
-            next(piece.step.run(weights, x, ()))
+            next(piece.step.run(weights, self._device.put(x), ()))
         except StopIteration as done:
             rows: Tensor = done.value
         except FOREIGN as error:
             raise ModelError(f"{piece.label} of the tower could not be computed: {error}") from error
         self._trace.add(Event("compute", start, perf_counter(), piece.layer, rows=rows.shape[0], label=f"tower {piece.label}"))
-        return rows
+        return rows, self._device.mark()
 
     def __repr__(self) -> str:
         return f"<Towers {len(self._pieces)} pieces, {len(self._kept)} items kept>"
+
+
+def tower_nbytes(tower: Tower | None, pieces: Sequence[Piece], context: int) -> tuple[int, int]:
+    """What a tower needs for its largest item in a prompt of `context` tokens, and what is set aside for rows that it has given."""
+    if tower is None:
+        return 0, 0
+    shape = tower.largest(context)
+    rows = max(tower.rows(torch.empty(shape, device="meta")), KEPT_ROWS)
+    return tower_ring_nbytes(pieces) + tower.activation_nbytes(shape), rows * tower.text_hidden * tower.dtype.itemsize
 
 
 def tower_ring_nbytes(pieces: Sequence[Piece]) -> int:

@@ -1,164 +1,62 @@
-"""Weights: pieces of the model in the order in which a pass needs them, pinned or ahead of need.
+"""Weights: the pieces of one model in the order in which a pass needs them, kept on the device or in memory, or ahead of need.
 
-A piece is what one step runs on, or a block of the head's rows. Its tensors are views of the memory that the drive read
-into: stacked tensors lie one behind the other, and each lands where file offset and address agree modulo the disk's
-alignment, so that nothing is copied on the way.
+Where the device computes in the host's memory, what is kept there is used there. It refuses to know which pieces are kept, and why.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from itertools import cycle
-from time import perf_counter
 from typing import Self
 
 import anyio
 import anyio.to_thread
-import torch
+from torch import Tensor
 
 from .ahead import Ahead
-from .buffers import PAGE, Arena, Lease, Ring, pages
-from .checkpoint import Checkpoint, TensorEntry
-from .disk.base import Disk, Extent, Priority
-from .errors import CheckpointError, ModelError, SpecializationError, first_of
-from .families.base import Family, Need, Params, Step
-from .trace import Event, EventName, Trace
-
-LINE = 64
-"""Bytes of a cache line."""
-DTYPES: dict[str, torch.dtype] = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
-
-
-@dataclass(frozen=True, slots=True)
-class Param:
-    """Where a parameter lies in its piece's memory, as what it is stored, and as what it is computed with."""
-
-    offset: int
-    stored: torch.dtype
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One unit of reading: `nbytes` of memory, filled by `reads`, seen as `params`."""
-
-    label: str
-    layer: int
-    nbytes: int
-    reads: tuple[tuple[Extent, int], ...]
-    params: Mapping[str, Param]
-    step: Step | None
-    """The step that runs on it; None for a block of the head."""
-    first_row: int = 0
-    """The first vocabulary row of a block of the head."""
-
-    @property
-    def read_nbytes(self) -> int:
-        """Bytes that come from the drive."""
-        return sum(extent.nbytes for extent, _ in self.reads)
-
-
-def pieces_of(family: Family, checkpoint: Checkpoint) -> tuple[Piece, ...]:
-    """All pieces of a pass in running order: the steps of each layer, then the head in blocks of rows.
-
-    Raises `CheckpointError` for a tensor that is missing or has another shape than `config.json` says.
-    """
-    steps = [step_piece(step, checkpoint, family.dtype) for step in family.steps]
-    most = max(piece.nbytes for piece in steps)
-    table = checkpoint[family.head]
-    check_shape(table, (family.vocabulary, family.hidden))
-    row = table.extent.nbytes // family.vocabulary
-    blocks = max(1, -(-table.extent.nbytes // most))
-    rows = -(-family.vocabulary // blocks)
-    heads = [
-        _head_piece(table, first, min(rows, family.vocabulary - first), row, family.hidden) for first in range(0, family.vocabulary, rows)
-    ]
-    return (*steps, *heads)
-
-
-def step_piece(step: Step, checkpoint: Checkpoint, dtype: torch.dtype) -> Piece:
-    """The layout of one step's weights, those of its experts left out."""
-    return _piece(f"layer {step.layer} {step.name}" if step.layer >= 0 else step.name, step, step.params, checkpoint, dtype)
-
-
-def expert_pieces(family: Family, checkpoint: Checkpoint) -> dict[tuple[int, int], Piece]:
-    """The experts of all layers, by layer and number; one read each where their tensors lie side by side."""
-    return {
-        (step.layer, number): _piece(f"layer {step.layer} expert {number}", step, step.experts.params(number), checkpoint, family.dtype)
-        for step in family.steps
-        if step.experts is not None
-        for number in range(step.experts.count)
-    }
-
-
-def views(piece: Piece, arena: Arena, at: int) -> Params:
-    """The parameters of a piece that was read to offset `at`."""
-    return Params(
-        {name: arena.tensor(at + param.offset, param.stored, param.shape).to(param.dtype) for name, param in piece.params.items()}
-    )
-
-
-def _piece(label: str, step: Step, needs: Mapping[str, Need], checkpoint: Checkpoint, dtype: torch.dtype) -> Piece:
-    groups = [(name, need, [_entry(checkpoint, tensor, need) for tensor in need.tensors]) for name, need in needs.items()]
-    params: dict[str, Param] = {}
-    reads: list[tuple[Extent, int]] = []
-    end = 0
-    for name, need, entries in sorted(groups, key=lambda group: (group[2][0].extent.file, group[2][0].extent.offset)):
-        offset = _aligned(end, entries[0].extent, reads[-1] if reads else None)
-        params[name] = Param(offset, _stacked_dtype(entries, need, dtype), need.shape, need.dtype or dtype)
-        for entry in entries:
-            _append(reads, entry.extent, offset)
-            offset += entry.extent.nbytes
-        end = offset
-    return Piece(label, step.layer, pages(end), tuple(reads), params, step)
-
-
-def _entry(checkpoint: Checkpoint, tensor: str, need: Need) -> TensorEntry:
-    return checkpoint[tensor] if need.row is None else checkpoint.row(tensor, need.row)
-
-
-def pinned_nbytes(piece: Piece) -> int:
-    """Bytes of memory that a piece takes when it stays: it may be moved by less than a cache line."""
-    return pages(piece.nbytes + LINE)
-
-
-def dtype_of(entry: TensorEntry) -> torch.dtype:
-    """The torch dtype of a tensor; `SpecializationError` for other kinds of floating-point numbers, `ModelError` for what is none."""
-    if entry.dtype not in DTYPES:
-        error = SpecializationError if entry.dtype.startswith("F") else ModelError
-        raise error(f"{entry.name} is stored as {entry.dtype}; weights of {', '.join(DTYPES)} can be streamed")
-    return DTYPES[entry.dtype]
-
-
-def check_shape(entry: TensorEntry, shape: tuple[int, ...]) -> None:
-    """Raise `CheckpointError` unless `entry` has `shape`."""
-    if entry.shape != shape:
-        raise CheckpointError(
-            f"{entry.name} has shape {list(entry.shape)}, config.json asks for {list(shape)}; the two belong to different models"
-        )
+from .buffers import PAGE, Arena, Lease, Ring
+from .device import Device, Mark, Memory
+from .disk.base import Disk
+from .errors import first_of
+from .families.base import Params
+from .piece import Piece, pinned_nbytes, read_piece, shift_of, views
+from .placement import Place
+from .supply import Landing, Supply, bytes_of, move
+from .trace import Trace
 
 
 class Weights:
-    """The pieces of one model on one disk: `pinned` ones stay, the rest stream round and round, ahead of need."""
+    """The pieces of one model on one disk, each at its place: on `device`, in memory, or streamed round and round.
 
-    def __init__(self, pieces: Sequence[Piece], pinned: frozenset[int], ring_nbytes: int, disk: Disk, trace: Trace) -> None:
-        self.pieces = pieces
-        self.streamed = [i for i in range(len(pieces)) if i not in pinned]
+    `ring_nbytes` of the host's memory are for what is read, `landing_nbytes` of the device's for what is moved there in each pass.
+    """
+
+    def __init__(
+        self, pieces: Sequence[Piece], placement: Sequence[Place], ring_nbytes: int, landing_nbytes: int, device: Device, disk: Disk,
+        trace: Trace,
+    ) -> None:  # fmt: skip
+        self.pieces, self.placement, self.device = pieces, placement, device
+        self.streamed = [index for index, place in enumerate(placement) if place == "disk"]
         self._disk, self._trace = disk, trace
-        self._pinned = pinned
-        self.ring = Ring(ring_nbytes if self.streamed else PAGE)
+        near = ("device",) if device.apart else ("device", "host")
+        self._coming = [index for index, place in enumerate(placement) if place not in near]
+        self.ring = Ring(ring_nbytes)
+        self._undo: list[Callable[[], None]] = [device.register(self.ring.arena)]
+        self._landing = Landing.of(device, landing_nbytes) if device.apart and self._coming else None
+        self._memory: Memory | None = None
         self._kept: dict[int, Params] = {}
-        self._ahead: Ahead[int, Params] | None = None
+        self._host: dict[int, Params] = {}
+        self._bytes: dict[str, Tensor] = {}
+        self._supply: Supply | None = None
 
     async def pin(self) -> None:
         """Load what stays."""
         try:
             async with anyio.create_task_group() as group:
-                for index in sorted(self._pinned):
-                    group.start_soon(self._pin, index)
+                for index, place in enumerate(self.placement):
+                    if place == "host":
+                        group.start_soon(self._pin, index)
+            await self._settle([index for index, place in enumerate(self.placement) if place == "device"])
         except BaseExceptionGroup as raised:
             raise first_of(raised) from raised
 
@@ -169,9 +67,17 @@ class Weights:
 
     async def __aexit__(self, *raised: object) -> None:
         """Stop reading; nothing is in flight afterwards. To be called by the task that entered."""
-        if self._ahead is not None:
-            ahead, self._ahead = self._ahead, None
-            await ahead.__aexit__(None, None, None)
+        if self._supply is not None:
+            supply, self._supply = self._supply, None
+            await supply.__aexit__(None, None, None)
+
+    async def begin(self) -> None:
+        """Begin to read ahead, unless that has begun."""
+        if self._coming and self._supply is None:
+            reads, moves = (cycle([self.pieces[index] for index in own]) for own in (self.streamed, self._coming))
+            supply = Supply(reads, self.ring, moves, self._landing, self._bytes, self._disk, self._trace)
+            await supply.__aenter__()
+            self._supply = supply
 
     async def restart(self) -> None:
         """Begin the round anew: after a pass that ended early."""
@@ -184,96 +90,66 @@ class Weights:
 
     def forget(self) -> None:
         """Give the memory back; nothing can be asked for afterwards."""
-        self._kept.clear()
+        for undo in self._undo:
+            undo()
+        for memory in (self._memory, self._landing.memory if self._landing is not None else None):
+            if memory is not None:
+                memory.forget()
+        self._undo, self._memory, self._landing = [], None, None
+        for kept in (self._kept, self._host, self._bytes):
+            kept.clear()
         self.ring = Ring(PAGE)
 
     def pinned(self, index: int) -> Params | None:
-        """The parameters of a piece that is kept in memory, else None."""
+        """The parameters of a piece that is kept where it is computed with, else None."""
         return self._kept.get(index)
 
+    def in_memory(self, index: int) -> Params | None:
+        """The parameters of a piece that is kept, on the device or in the host's memory, else None."""
+        return self._kept.get(index) or self._host.get(index)
+
     async def next(self) -> tuple[Params, Lease]:
-        """The parameters of the next streamed piece, and the lease to release when they have been used."""
-        assert self._ahead is not None
-        return await self._ahead.next()
+        """The parameters of the next piece that is not kept where it is computed with, and the lease to `release`."""
+        assert self._supply is not None
+        return await self._supply.next()
+
+    def release(self, lease: Lease, mark: Mark) -> None:
+        """A piece that came is not used after `mark`."""
+        if self._landing is not None:
+            self._landing.mark = mark
+        lease.release()
 
     def __repr__(self) -> str:
-        return f"<Weights {len(self._kept)} pieces pinned, {len(self.streamed)} streamed, {self._ahead}>"
-
-    async def begin(self) -> None:
-        """Begin to read ahead, unless that has begun."""
-        if self.streamed and self._ahead is None:
-            ahead = Ahead(cycle(self.streamed), lambda index: self.pieces[index].nbytes, self._stream, self.ring)
-            await ahead.__aenter__()
-            self._ahead = ahead
+        return f"<Weights {len(self._kept)} pieces pinned, {len(self.streamed)} streamed, {self._supply}>"
 
     async def _pin(self, index: int) -> None:
+        """Keep a piece in the host's memory."""
         piece = self.pieces[index]
         arena = Arena(pinned_nbytes(piece), huge=False)  # small pages and whole cache lines: read a fifth faster than otherwise
         await read_piece(piece, arena, 0, "layer_load", self._disk, self._trace)
-        largest = max(piece.params.values(), key=lambda param: math.prod(param.shape))
-        shift = -largest.offset % LINE
-        if shift:
+        if self.device.apart:
+            self._undo.append(self.device.register(arena))
+            self._bytes[piece.label], self._host[index] = bytes_of(piece, arena, 0), views(piece, arena, 0)
+            return
+        if shift := shift_of(piece):
             await anyio.to_thread.run_sync(arena.move, 0, shift, piece.nbytes)
         self._kept[index] = views(piece, arena, shift)
 
-    async def _stream(self, index: int, lease: Lease) -> Params:
-        await read_piece(self.pieces[index], self.ring.arena, lease.offset, "layer_load", self._disk, self._trace)
-        return views(self.pieces[index], self.ring.arena, lease.offset)
-
-
-async def read_piece(
-    piece: Piece, arena: Arena, at: int, event: EventName | None, disk: Disk, trace: Trace, priority: Priority = Priority.SOON
-) -> None:  # fmt: skip
-    """Read a piece to offset `at` of `arena`; `event` is what else than a read it is noted as."""
-    start = perf_counter()
-    extents = [extent for extent, _ in piece.reads]
-    buffers = [arena.bytes[at + offset : at + offset + extent.nbytes] for extent, offset in piece.reads]
-    span = await disk.read_into(extents, buffers, priority)
-    nbytes = piece.read_nbytes
-    trace.add(Event("safetensor_pread", span.start, span.end, piece.layer, nbytes=nbytes, path="safetensor-io", label=piece.label))
-    if event is not None:
-        trace.add(Event(event, start, perf_counter(), piece.layer, nbytes=nbytes, label=piece.label))
-
-
-def _head_piece(table: TensorEntry, first: int, rows: int, row_nbytes: int, hidden: int) -> Piece:
-    extent = Extent(table.extent.file, table.extent.offset + first * row_nbytes, rows * row_nbytes)
-    offset = _aligned(0, extent, None)
-    param = Param(offset, dtype_of(table), (rows, hidden), dtype_of(table))
-    return Piece(f"head from row {first}", -1, pages(offset + extent.nbytes), ((extent, offset),), {"head": param}, None, first)
-
-
-def _stacked_dtype(entries: Sequence[TensorEntry], need: Need, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that all of a parameter's tensors are stored as: the model's, but for norms, biases and what a family names a
-    dtype for, which are converted on arrival."""
-    first, found = entries[0], dtype_of(entries[0])
-    if sum(entry.shape[0] for entry in entries if entry.shape) != need.shape[0] or any(
-        entry.shape[1:] != need.shape[1:] for entry in entries
-    ):
-        names = " + ".join(f"{entry.name} {list(entry.shape)}" for entry in entries)
-        raise CheckpointError(f"{names} do not make up {list(need.shape)}, which config.json asks for; the two belong to different models")
-    if (found == torch.uint8) != (need.dtype == torch.uint8):
-        raise ModelError(f"{first.name} is stored as {first.dtype}, which is not what config.json says of its quantization")
-    mixed = any(entry.dtype != first.dtype for entry in entries)
-    if mixed or (found != dtype and len(need.shape) > 1 and need.dtype is None):
-        raise SpecializationError(
-            f"{first.name} is stored as {first.dtype} where others are not; weights of mixed dtypes are not supported"
-        )
-    return found
-
-
-def _aligned(end: int, extent: Extent, before: tuple[Extent, int] | None) -> int:
-    """The first address from `end` on at which `extent` can be read in place; right behind `before` if it follows it in the file."""
-    if before is not None and before[0].file == extent.file and before[0].end == extent.offset:
-        return before[1] + before[0].nbytes
-    residue = extent.offset % PAGE
-    return pages(end) + (residue if residue % 8 == 0 else 0)
-
-
-def _append(reads: list[tuple[Extent, int]], extent: Extent, offset: int) -> None:
-    """Add a read, joined to the one before it where both follow each other in file and memory."""
-    if reads:
-        last, at = reads[-1]
-        if last.file == extent.file and last.end == extent.offset and at + last.nbytes == offset:
-            reads[-1] = Extent(last.file, last.offset, last.nbytes + extent.nbytes), at
+    async def _settle(self, indices: Sequence[int]) -> None:
+        """Keep pieces on the device: all in one allocation, each read into the ring and moved on."""
+        if not indices:
             return
-    reads.append((extent, offset))
+        memory = self._memory = self.device.memory(sum(pinned_nbytes(self.pieces[index]) for index in indices))
+        at = 0
+
+        async def read(index: int, lease: Lease) -> int:
+            await read_piece(self.pieces[index], self.ring.arena, lease.offset, "layer_load", self._disk, self._trace)
+            return index
+
+        async with Ahead(indices, lambda index: self.pieces[index].nbytes, read, self.ring) as ahead:
+            for _ in indices:
+                index, lease = await ahead.next()
+                piece = self.pieces[index]
+                self._kept[index] = await move(piece, bytes_of(piece, self.ring.arena, lease.offset), memory, at, None, self._trace)
+                at += pinned_nbytes(piece)
+                lease.release()

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..checkpoint import HEADER_LIMIT, TensorEntry, parse_header
 from ..errors import CheckpointError, ModelError
+from ..piece import DTYPES
 from ..tensors import AGAIN, PICKLES, guard, parse_json
-from ..weights import DTYPES
 from .lora import Lora
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

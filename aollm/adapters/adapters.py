@@ -7,7 +7,7 @@ requests: who rides with which adapter is an argument.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +77,12 @@ class Adapters:
         """Bytes of memory that they take."""
         every = [factors for step in self._factors.values() for factors in step.values()]
         return sum(tensor.nbytes for factors in every for tensor in (factors.down, factors.up, factors.owners))
+
+    def place(self, put: Callable[[Tensor], Tensor]) -> None:
+        """Have all factors where `put` puts them."""
+        for step in self._factors.values():
+            for param, own in step.items():
+                step[param] = Factors(put(own.down), put(own.up), put(own.owners), own.starts)
 
     def index(self, name: str) -> int:
         """The number of the adapter called `name`; `RequestError` with the names that there are."""

@@ -89,6 +89,11 @@ class Params:
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The weights by name."""
+        return self._tensors
+
     def with_deltas(self, deltas: Mapping[str, Delta]) -> Params:
         """The same weights beside other adapters."""
         return Params(self._tensors, deltas) if deltas else self

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..buffers import Ledger, size
 from ..errors import MemoryBudgetError, ModelError
+from ..placement import Place
 from ..tensors import Checkpoint
 from .kind import CLASSES, FAULTS, Kind, kind_of, read_config, told
 
@@ -41,7 +42,7 @@ class GenericPlan:
     vocabulary: int
     memory: int
     ledger: dict[str, int]
-    placement: dict[str, str]
+    placement: dict[str, Place]
     weights_nbytes: int
     pinned_nbytes: int
     streamed_nbytes_per_pass: int

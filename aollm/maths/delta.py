@@ -73,7 +73,7 @@ def _chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tens
     n, heads = v.shape[:2]
     groups, dim = k.shape[1:]
     total = g.T.double().cumsum(-1)  # [Hv, n]; float64, because differences of large sums follow
-    future = torch.full((n, n), -torch.inf).triu_(1)
+    future = q.new_full((n, n), -torch.inf).triu_(1)
     between = (total[:, :, None] - total[:, None]).float().add_(future).exp_().view(groups, -1, 1, n, n)
     both = torch.stack((k, q)).permute(2, 0, 1, 3).contiguous()  # [Hk, 2, n, Dk]
     scores = torch.bmm(both.view(groups, 2 * n, dim), both[:, 0].transpose(1, 2)).view(groups, 1, 2, n, n) * between  # [Hk, R, 2, n, n]
