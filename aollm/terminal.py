@@ -7,19 +7,25 @@ what it shows.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from time import monotonic
 from types import TracebackType
 from typing import Self, TextIO
+
+from .errors import AollmError
 
 Row = Sequence[tuple[str, str]]
 """One line: pieces of text, each with the name of a style."""
 Rows = Callable[[], Sequence[Row]]
 
 STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
+INTERRUPTED = 128 + signal.SIGINT
+"""The exit code after Ctrl-C."""
 PERIOD_S = 0.25
 SPINNER = "⠋⠙⠸⠴⠦⠇"
 CONTROLS = {code: "�" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -67,13 +73,13 @@ class Terminal:
         return 80
 
     def text(self, text: str) -> None:
-        """Write text to stdout as it is, at once. Raises `BrokenPipeError` when nobody reads it any more."""
+        """Write text to stdout as it is, at once. Raises `BrokenPipeError` when nobody reads it any more, `AollmError` when it cannot
+        be written."""
         if not text:
             return
         with self._lock:
             self._erase()
-            self._out.write(text.translate(CONTROLS) if self.interactive else text)
-            self._out.flush()
+            self._put(text.translate(CONTROLS) if self.interactive else text)
             if self.interactive:
                 self._line_begins = text.endswith("\n")
             self._draw()
@@ -82,8 +88,7 @@ class Terminal:
         """Write one styled line to stdout."""
         with self._lock:
             self._erase()
-            self._out.write(self._styled(row, self.interactive) + "\n")
-            self._out.flush()
+            self._put(self._styled(row, self.interactive) + "\n")
             self._line_begins = True
             self._draw()
 
@@ -104,6 +109,37 @@ class Terminal:
             if rows is not None and self.live:
                 self._painted = rows()
                 self._draw()
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """While modules are imported. Ctrl-C ends the process there and then: libraries swallow the exception.
+
+        Raises `AollmError` where a package is missing.
+        """
+
+        def leave(number: int, frame: object) -> None:
+            self.status(None)
+            os._exit(INTERRUPTED)
+
+        self.status(lambda: [[(f"{spinner()} ", "cyan"), ("loading", "dim")]])
+        before = signal.signal(signal.SIGINT, leave)
+        try:
+            yield
+        except ModuleNotFoundError as error:
+            raise AollmError(f"{error.name} is not installed: pip install aollm; what else is missing, aollm doctor says") from error
+        finally:
+            signal.signal(signal.SIGINT, before)
+            self.status(None)
+
+    def _put(self, text: str) -> None:
+        try:
+            self._out.write(text)
+            self._out.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())  # where what is buffered goes at the end
+            raise AollmError(f"the output cannot be written: {error.strerror}") from error
 
     def _tell(self, row: Row) -> None:
         with self._lock:

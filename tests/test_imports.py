@@ -17,12 +17,13 @@ ROWS = [
     "errors trace port",
     "disk",
     "buffers ahead probe tensors fingerprint export checkpoint",
-    "maths sampling compute",
+    "maths sampling compute cuda device",
     "families stores",
-    "placement weights experts adapters item mixing towers embedding request batch itinerary drawing "
-    "sweep gathering shift engine stream generic",
-    "demo text media settings prompt download hub reference selector plan survey kv passes tiers session runtime",
-    "terminal lanes meter client inference server bench commands cli __main__",
+    "placement piece supply weights berths experts adapters item mixing towers embedding request batch itinerary drawing "
+    "sweep gathering shift engine stream pace generic",
+    "demo text media configuration values settings prompt download hub reference selector prediction room "
+    "runtime_plan forecast fit blueprint survey kv passes adaptation tiers planning session runtime inventory anatomy",
+    "terminal options parser lanes meter client inference server bench checkup commands cli __main__",
 ]
 ORDER = [room for row in ROWS for room in row.split()]
 NEVER_MEET = {"families", "stores"}

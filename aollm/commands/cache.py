@@ -17,6 +17,7 @@ from ..settings import RuntimeConfig
 from ..stores.housekeeping import ls, pin, purge, verify
 from ..stores.presets import PRESETS
 from ..terminal import Terminal, spinner
+from .table import print_table
 
 Entry = dict[str, Any]
 SHORT = 12
@@ -110,7 +111,7 @@ def _print_ls(terminal: Terminal, found: Sequence[Entry]) -> None:
         states += [entry["error"]] if entry["error"] else []
         of = (_name(entry), entry["identity"][:SHORT] or "of one run", entry["strategy"])
         rows.append((*of, f"{entry['blocks']:,}", f"{entry['tokens']:,}", amount(entry["disk_bytes"]), ", ".join(states)))
-    _table(terminal, rows)
+    print_table(terminal, rows)
     terminal.line()
     tokens, nbytes = sum(entry["tokens"] for entry in found), sum(entry["disk_bytes"] for entry in found)
     terminal.line([(f"{tokens:,} tokens, {amount(nbytes)}", "bold")])
@@ -124,7 +125,7 @@ def _print_verify(terminal: Terminal, found: Sequence[Entry]) -> None:
         states += [entry["error"]] if entry["error"] else []
         numbers = [f"{entry[name]:,}" for name in ("blocks", "good", "damaged", "lost")]
         rows.append((_name(entry), entry["strategy"], *numbers, amount(entry["bytes"]), ", ".join(states)))
-    _table(terminal, rows)
+    print_table(terminal, rows)
     left = sum(entry["damaged"] + entry["lost"] for entry in found if not entry["dropped"])
     terminal.line()
     if left:
@@ -141,14 +142,3 @@ def _print_done(terminal: Terminal, found: Sequence[Entry]) -> None:
 PRINTERS: dict[str, Callable[[Terminal, Sequence[Entry]], None]] = {
     "ls": _print_ls, "verify": _print_verify, "purge": _print_done, "pin": _print_done, "unpin": _print_done,
 }  # fmt: skip
-
-
-def _table(terminal: Terminal, rows: Sequence[tuple[str, ...]]) -> None:
-    """Rows below the first, which names the columns; numbers to the right, the last column as long as it is."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for number, row in enumerate(rows):
-        cells = [
-            text.rjust(width) if rows[-1][column][:1].isdigit() and column > 1 else text.ljust(width)
-            for column, (text, width) in enumerate(zip(row[:-1], widths, strict=False))
-        ]
-        terminal.line([("  ".join(cells) + "  ", "" if number else "dim"), (row[-1], "yellow")])

@@ -25,6 +25,7 @@ from ..settings import GenerationConfig, RuntimeConfig
 from ..stream import TokenStream
 from ..terminal import Row, Terminal
 from . import generation_config, runtime_config
+from .account import Account
 from .fetch import fetched
 from .transcript import Message, Transcript, load, save
 
@@ -45,21 +46,25 @@ def main(terminal: Terminal, options: Mapping[str, Any]) -> int:
     resumed = _resumed(options["resume"]) if "resume" in options else None
     if "save" in options:
         _writable(options["save"], options.get("resume"))
-    options = {**_defaults(options, resumed), **options}
-    generation = generation_config(options)
+    configured = {name: said.value for name, said in RuntimeConfig.said().items() if name in (*KEPT, "use_cache")}
+    options = {**_defaults({**configured, **options}, resumed), **options}
+    generation = generation_config({**options, "n": 1})  # a turn has one answer, whatever is configured
     config = runtime_config(options)
     system = [{"role": "system", "content": options["system"]}] if "system" in options else []
     with anyio.from_thread.start_blocking_portal() as portal:
         config = portal.call(fetched, terminal, config)
         runtime = portal.call(Runtime.open, config)
+        account = Account(terminal, runtime)
         terminal.status(lambda: opening(runtime))
         with portal.wrap_async_context_manager(runtime):
             terminal.status(None)
+            account.opened()
             runtime.text.render([{"role": "user", "content": "hello"}])  # a model without a chat template is refused here
             chat = Chat(terminal, portal, runtime, generation, system, options.get("save"))
             if resumed is not None:
                 chat.go_on(resumed, options["resume"])
             chat.talk()
+            account.finished()
     return 0
 
 
@@ -127,8 +132,9 @@ class Chat:
         try:
             while (token := self._portal.call(_next, stream)) is not None:
                 meter.add()
-                shown += token.text
-                self._terminal.text(token.text)
+                if self._generation.stream:
+                    shown += token.text
+                    self._terminal.text(token.text)
         except KeyboardInterrupt:
             stopped = True
         finally:
@@ -244,6 +250,8 @@ def _resumed(name: str) -> Transcript:
 def _defaults(options: Mapping[str, Any], resumed: Transcript | None) -> dict[str, Any]:
     """What a conversation that outlives the run is held with, unless told otherwise: the settings it had, or blocks in pages."""
     if not options.keys() & {"resume", "save"} or options.get("kv_cache_lifecycle") == "runtime-scoped":
+        return {}
+    if options.get("use_cache") is False:
         return {}
     if "kv_cache_strategy" in options:
         return {"kv_cache_lifecycle": "persistent"} if options["kv_cache_strategy"] != "resident" else {}

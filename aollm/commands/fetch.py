@@ -20,7 +20,7 @@ async def fetched(terminal: Terminal, config: RuntimeConfig) -> RuntimeConfig:
         folder = await find(config.model_reference, config.models_dir, config.force_download, arrival.tell)
     finally:
         terminal.status(None)
-    if arrival.begun is not None:
+    if arrival.begun is not None or config.verbose:
         terminal.say([(f"{config.model_reference} is in {folder}", "dim")])
     return config.model_copy(update={"force_download": False})
 

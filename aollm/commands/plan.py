@@ -1,4 +1,4 @@
-"""`aollm plan`: what a run would keep, stream and need; from headers alone, and a short measurement of the drive."""
+"""`aollm plan`: what a run would keep, stream, take and need; from headers, and short measurements of drive and processor."""
 
 from __future__ import annotations
 
@@ -8,67 +8,52 @@ from typing import Any
 
 import anyio
 
-from ..buffers import Ring, size
-from ..disk.auto import open_disk
+from ..buffers import size
 from ..meter import amount, rate, speed
-from ..plan import RuntimePlan
-from ..port import Port
-from ..probe import CHUNK, drive_speed
-from ..reference import find
+from ..planning import look
+from ..runtime_plan import RuntimePlan
 from ..settings import RuntimeConfig
 from ..stores.presets import PRESETS
 from ..survey import Survey
 from ..terminal import Terminal, spinner
-from ..tiers import Choice, choose
+from ..tiers import Choice
 from . import runtime_config
-from .fetch import fetched
+
+BLOCKS = {"host": "█", "device": "▓", "disk": "░"}
 
 
 def main(terminal: Terminal, options: Mapping[str, Any]) -> int:
     """Print the plan. Raises `AollmError` when the model cannot be used, or not in this memory."""
     config = runtime_config(options)
-    config = anyio.run(fetched, terminal, config)
-    terminal.status(lambda: [[(f"{spinner()} ", "cyan"), ("reading headers and measuring the drive", "dim")]])
-    choice, drive = anyio.run(_plan, config)
+    terminal.status(lambda: [[(f"{spinner()} ", "cyan"), ("reading headers, measuring drive and processor", "dim")]])
+    choice = anyio.run(look, config)
     terminal.status(None)
     if options.get("json"):
-        terminal.text(json.dumps({**choice.plan.as_dict(), "drive_bytes_per_second": drive}) + "\n")
-        return 0
-    _print(terminal, config, choice, drive)
+        terminal.text(json.dumps(choice.plan.as_dict()) + "\n")
+    else:
+        _print(terminal, choice.found.config if choice.found is not None else config, choice)
     return 0
 
 
-async def _plan(config: RuntimeConfig) -> tuple[Choice, float | None]:
-    """The plan, and the drive's speed in bytes per second if anything is to be streamed natively."""
-    folder = await find(config.model_reference, config.models_dir, config.force_download)
-    async with Port() as port:
-        disk, reason = open_disk(config.disk_backend, port, folder)
-        try:
-            choice = await choose(config, folder, disk, reason)
-            streamed = choice.found.streamed if choice.found is not None else []
-            return choice, await drive_speed(disk, streamed, Ring(2 * CHUNK)) if streamed else None
-        finally:
-            await disk.aclose()
-
-
-def _print(terminal: Terminal, config: RuntimeConfig, choice: Choice, drive: float | None) -> None:
+def _print(terminal: Terminal, config: RuntimeConfig, choice: Choice) -> None:
     plan = choice.plan
     terminal.line()
     terminal.line([(f"  {plan.model}", "bold"), (f"  {plan.family}, {plan.dtype}, {amount(plan.weights_nbytes)} of weights", "")])
     terminal.line()
     width = min(terminal.width - 4, 80)
-    strip = "".join("█" if place == "host" else "░" for place in plan.placement)
+    strip = "".join(BLOCKS[place] for place in plan.placement)
     for at in range(0, len(strip), width):
         terminal.line([(f"  {strip[at : at + width]}", "cyan")])
     streamed = amount(plan.streamed_nbytes_per_pass)
-    terminal.line([(f"  █ stays in memory: {amount(plan.pinned_nbytes)}   ░ is read in every pass: {streamed}", "dim")])
+    kept = "█ stays in memory" + (f", ▓ on {plan.device}" if "device" in plan.placement else "")
+    terminal.line([(f"  {kept}: {amount(plan.pinned_nbytes)}   ░ is read in every pass: {streamed}", "dim")])
     terminal.line()
     for name, nbytes in plan.ledger.items():
         terminal.line([(f"  {name:<28}", ""), (f"{size(nbytes):>12}", "cyan")])
     terminal.line([(f"  {'memory, of at most':<28}", ""), (f"{size(sum(plan.ledger.values())):>12} of {size(plan.memory)}", "cyan")])
     terminal.line()
-    for name, value in (*_tier(plan), *_rows(config, plan, choice.found), *_drive(plan, choice.found, drive)):
-        terminal.line([(f"  {name:<10}", ""), (value, "cyan")])
+    for name, value in (*_tier(plan), *_rows(config, plan, choice.found), *_foretold(plan)):
+        terminal.line([(f"  {name:<13}", ""), (value, "cyan")])
     terminal.line()
 
 
@@ -92,22 +77,34 @@ def _rows(config: RuntimeConfig, plan: RuntimePlan, found: Survey | None) -> Ite
         yield "adapters", ", ".join(found.adapters.names)
     yield "context", f"{plan.max_context_tokens:,} tokens a request"
     yield from zip(("kv cache", ""), _kv(config, plan), strict=True)
+    if (chosen := plan.selection) is not None:
+        yield "", f"chosen by the rule {chosen.rule}: {chosen.text}"
+        for tried in chosen.tried:
+            yield "", f"not {tried.strategy}: {tried.reason}"
+    yield "device", f"{plan.device}: {plan.device_reason}"
+    for line, nbytes in plan.device_ledger.items() if plan.device_memory else ():
+        yield "", f"{line} {size(nbytes)} of {size(plan.device_memory)}"
     yield "disk", plan.disk_reason
 
 
-def _drive(plan: RuntimePlan, found: Survey | None, drive: float | None) -> Iterator[tuple[str, str]]:
-    """How fast the drive is, and the most tokens that it can serve one request with."""
-    if drive is None or found is None:
+def _foretold(plan: RuntimePlan) -> Iterator[tuple[str, str]]:
+    """How fast it will be: one request and all that may ride, with short and long histories; and how soon answers begin."""
+    if (predicted := plan.predicted) is None:
         streams = plan.streamed_nbytes_per_pass > 0
         yield "drive", "not measured: it is read layer by layer, none ahead" if streams else "nothing is read after opening"
+        yield "speed", "not foretold: transformers' modules compute"
         return
-    yield "drive", f"{rate(drive)}, measured now"
-    nbytes, alike = float(plan.streamed_nbytes_per_pass), ""
-    if plan.expert_slots < plan.experts:
-        each = sum(piece.read_nbytes for piece in found.experts.values()) / plan.experts
-        nbytes += sum(_experts(found)[1]) * each * (1 - plan.expert_slots / plan.experts)
-        alike = " if all experts are asked for alike"
-    yield "at best", f"{speed(drive / nbytes)} for one request, by the drive{alike}; requests share each pass"
+    drive = predicted.drive_bytes_per_second
+    yield "drive", "nothing is read after opening" if drive is None else f"{rate(drive)}, measured now"
+    for number, found in enumerate(predicted.speeds):
+        riders = "one request" if found.requests == 1 else f"{found.requests} together"
+        reads = f", reads {amount(found.bytes_per_pass)}" if found.bytes_per_pass else ""
+        took = f"a pass {found.seconds_per_pass:.3g} s{reads}; {found.limiter}"
+        yield "" if number else "foretold", f"{riders} at {found.context:,}: {speed(found.tokens_per_second)} ({took})"
+    first = " · ".join(f"{found.prompt_tokens:,} tokens {found.seconds:.2g} s" for found in predicted.first_tokens)
+    yield "first token", f"a prompt of {first}"
+    if predicted.disk_nbytes:
+        yield "on disk", f"{amount(predicted.disk_nbytes)} of keys and values, if all contexts are full"
 
 
 def _experts(found: Survey) -> tuple[list[int], list[int]]:

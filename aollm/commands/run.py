@@ -19,6 +19,7 @@ from ..runtime import Runtime
 from ..settings import GenerationConfig, RuntimeConfig
 from ..terminal import Terminal
 from . import generation_config, runtime_config
+from .account import Account
 from .fetch import fetched
 
 
@@ -32,23 +33,25 @@ def main(terminal: Terminal, options: Mapping[str, Any]) -> int:
     prompt: Prompt = [{"role": "user", "content": content}] if parts or options.get("chat") else text
     if trace := options.get("trace"):
         writable(trace)
-    answer = Answer(terminal, options.get("json", False), generation.n)
+    answer = Answer(terminal, options.get("json", False), generation)
     anyio.run(_answer, config, prompt, generation, answer, trace)
     return 0
 
 
 class Answer:
-    """What has been written so far; the first of several answers is shown as it comes, the others behind it."""
+    """What has been written so far; the first of several answers is shown as it comes, the others behind it. Without `stream`
+    the first one, too, is shown when it is whole."""
 
-    def __init__(self, terminal: Terminal, as_json: bool, count: int) -> None:
-        self.terminal, self.as_json = terminal, as_json
-        self.tokens: list[list[Token]] = [[] for _ in range(count)]
+    def __init__(self, terminal: Terminal, as_json: bool, generation: GenerationConfig) -> None:
+        self.terminal, self.as_json, self._streamed = terminal, as_json, generation.stream
+        self._logprobs = generation.logprobs > 0
+        self.tokens: list[list[Token]] = [[] for _ in range(generation.n)]
         self.cache: dict[str, Any] = {}
 
     def add(self, token: Token) -> None:
         """One more token."""
         self.tokens[token.choice].append(token)
-        if token.choice == 0 and not self.as_json:
+        if token.choice == 0 and self._streamed and not self.as_json:
             self.terminal.text(token.text)
 
     def end(self, meter: Meter, request: Request | None) -> None:
@@ -57,35 +60,41 @@ class Answer:
         if request is not None:
             self.cache = {"prefix_hit_tokens": request.prefix_hit_tokens, "prefix_miss_reason": request.prefix_miss_reason}
         if self.as_json:
-            self.terminal.text(json.dumps(self._as_dict(meter)) + "\n")
+            self.terminal.text(json.dumps(self._as_dict(meter, request)) + "\n")
             return
-        if self.tokens[0] and not "".join(token.text for token in self.tokens[0]).endswith("\n"):
+        first = "".join(token.text for token in self.tokens[0])
+        if not self._streamed:
+            self.terminal.text(first)
+        if self.tokens[0] and not first.endswith("\n"):
             self.terminal.text("\n")
         for number, tokens in enumerate(self.tokens[1:], 2):
             self.terminal.text(f"\n--- {number} of {len(self.tokens)} ---\n{''.join(token.text for token in tokens)}\n")
-        self.terminal.say(meter.summary())
+        self.terminal.say(meter.summary(request))
         if request is not None and meter.runtime.config.kv_cache_lifecycle == "persistent":
             self.terminal.say([(reused(request), "dim")])
 
-    def _as_dict(self, meter: Meter) -> dict[str, Any]:
+    def _as_dict(self, meter: Meter, request: Request | None) -> dict[str, Any]:
         choices = [
             {
                 "text": "".join(token.text for token in tokens),
                 "token_ids": [token.id for token in tokens],
                 "finish_reason": (tokens[-1].finish_reason if tokens else None) or "cancelled",
+                "logprobs": [{"logprob": token.logprob, "likeliest": token.top_logprobs} for token in tokens] if self._logprobs else None,
             }
             for tokens in self.tokens
         ]
         state = {**meter.runtime.cache_state(), **self.cache}
-        return {**choices[0], "choices": choices, **meter.figures(), "cache_state": state, "plan": meter.runtime.plan.as_dict()}
+        return {**choices[0], "choices": choices, **meter.figures(request), "cache_state": state, "plan": meter.runtime.plan.as_dict()}
 
 
 async def _answer(config: RuntimeConfig, prompt: Prompt, generation: GenerationConfig, answer: Answer, trace: str | None) -> None:
     terminal = answer.terminal
     runtime = Runtime.open(await fetched(terminal, config))
     stream = runtime.stream(prompt, generation)
+    account = Account(terminal, runtime)
     terminal.status(lambda: opening(runtime))
     async with runtime:
+        account.opened()
         meter = Meter(runtime)
         terminal.status(lambda: [meter.live(stream.progress)])
         try:
@@ -98,6 +107,7 @@ async def _answer(config: RuntimeConfig, prompt: Prompt, generation: GenerationC
         else:
             answer.end(meter, stream.request)
         finally:
+            account.finished()
             if trace:
                 runtime.trace.save(trace)
 
