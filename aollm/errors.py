@@ -14,6 +14,8 @@ AollmError
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class AollmError(Exception):
     """Root of every error that reaches a caller for bad input, a bad file or a failing disk."""
@@ -36,7 +38,14 @@ class SpecializationError(ModelError):
 
 
 class MemoryBudgetError(AollmError):
-    """The plan does not fit; the message names the largest parts, the floor and the setting to change."""
+    """The plan does not fit; the message names the largest parts, the floor and the setting to change.
+
+    `changes`: values of single settings with which it would fit, as far as they were looked for.
+    """
+
+    def __init__(self, message: str, changes: Mapping[str, object] | None = None) -> None:
+        super().__init__(message)
+        self.changes = dict(changes or {})
 
 
 class DiskError(AollmError):

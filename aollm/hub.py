@@ -64,9 +64,10 @@ class Listing:
 
 
 async def snapshot(
-    repository: Repository, models_dir: Path | None, force: bool, progress: Progress | None, endpoint: str | None = None
+    repository: Repository, models_dir: Path | None, force: bool, progress: Progress | None, endpoint: str | None = None,
+    whole: bool = True,
 ) -> Path:  # fmt: skip
-    """The folder of `repository` below `models_dir` (None: huggingface_hub's own cache), whole.
+    """The folder of `repository` below `models_dir` (None: huggingface_hub's own cache), whole, or without its weights.
 
     The Hub is asked only when something is missing there, or with `force`. Cancelling keeps what has arrived.
     Raises `ModelError`: no such repository or revision, gated, no network, no room, or nothing in it that can be run.
@@ -75,6 +76,8 @@ async def snapshot(
     commit = await anyio.to_thread.run_sync(shelf.recall, repository.revision)
     cached = shelf.snapshot(commit) if commit is not None and COMMIT.fullmatch(commit) else None
     lacking = await missing(cached) if cached is not None and not force else []
+    if not whole:
+        lacking = [name for name in lacking if not name.endswith(".safetensors")]
     if cached is not None and not lacking and not force:
         return cached
     try:
@@ -89,7 +92,7 @@ async def snapshot(
         )
         how = f"run this again with the network, or copy there what `hf download {repository.name}` fetches elsewhere"
         raise ModelError(f"{error}; {what}: {how}") from error
-    return await _complete(repository, listing, shelf, force, progress)
+    return await _complete(repository, listing, shelf, force, progress, whole)
 
 
 async def missing(folder: Path) -> list[str]:
@@ -104,7 +107,9 @@ async def missing(folder: Path) -> list[str]:
     return lacking if names & {*TOKENIZERS} else [*lacking, TOKENIZERS[0]]
 
 
-async def _complete(repository: Repository, listing: Listing, shelf: Shelf, force: bool, progress: Progress | None) -> Path:
+async def _complete(
+    repository: Repository, listing: Listing, shelf: Shelf, force: bool, progress: Progress | None, whole: bool
+) -> Path:  # fmt: skip
     """The snapshot of `listing` with all that is needed: first the texts, so that whole weights mean a whole model."""
     folder, files = shelf.snapshot(listing.commit), listing.files
     weights = _weights(repository, files)
@@ -114,7 +119,7 @@ async def _complete(repository: Repository, listing: Listing, shelf: Shelf, forc
         if absent := [name for name in weights if name not in files]:
             raise ModelError(f"{repository}: {INDEX} names {short(absent[0])}, which the repository does not have; choose another revision")
     texts = [file for name, file in files.items() if TEXT.fullmatch(name)]
-    shards = [files[name] for name in weights]
+    shards = [files[name] for name in weights] if whole else []
     needed = await anyio.to_thread.run_sync(lambda: sum(shelf.lacks_nbytes(file, listing.commit, force) for file in texts + shards))
     free = await anyio.to_thread.run_sync(shelf.free_nbytes)
     if needed > free:

@@ -60,10 +60,14 @@ class Meter:
             parts.append(f"stalled {stalled / (now - since):.0%}")
         return [(f"{spinner()} ", "cyan"), (" · ".join([*parts, memory(self.runtime)]), "dim")]
 
-    def figures(self) -> dict[str, Any]:
-        """What is known when the answer has ended: seconds, tokens per second, bytes, shares of the time, and the bound."""
+    def figures(self, request: Request | None = None) -> dict[str, Any]:
+        """What is known when the answer to `request` has ended: seconds, tokens per second, bytes, shares of the time, the bound,
+        and what was predicted."""
         wall = perf_counter() - self.start
-        profile = self.runtime.profile(self.start)
+        if request is None or not self.tokens:
+            profile = self.runtime.profile(self.start)
+        else:
+            profile = self.runtime.profile_of(request, self.start, self.first_s, wall, self.tokens)
         events, nbytes = (profile["events"], profile["bytes_read"]) if profile else ({}, 0)
         stall_s = events.get("stall", {}).get("total_ms", 0.0) / 1e3
         return {
@@ -74,9 +78,9 @@ class Meter:
             "rss_bytes": psutil.Process().memory_info().rss, "memory_bytes": self.runtime.plan.memory, "profile": profile,
         }  # fmt: skip
 
-    def summary(self) -> Row:
+    def summary(self, request: Request | None = None) -> Row:
         """`figures` as one line."""
-        found = self.figures()
+        found = self.figures(request)
         parts = [f"{count(found['tokens'], 'token')} in {found['seconds']:.1f} s, {speed(found['tokens_per_second'])}"]
         if self.first_s is not None:
             parts.append(f"first after {self.first_s:.2f} s")
@@ -85,6 +89,8 @@ class Meter:
             parts.append(f"stalled {found['stall_share']:.0%}")
         if self.tokens and found["fraction_of_bound"] is not None:
             parts.append(f"limited by {found['limiter']}, at {found['fraction_of_bound']:.0%} of the bound")
+        if foretold := (found["profile"] or {}).get("predicted"):
+            parts.append(f"foretold {foretold['seconds']:.1f} s")
         return [(" · ".join([*parts, memory(self.runtime)]), "dim")]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -31,6 +34,50 @@ async def drive_speed(disk: Disk, extents: Sequence[Extent], ring: Ring, nbytes:
     for lease in leases:
         lease.release()
     return sum(part.nbytes for part in parts[2:] or parts) / seconds
+
+
+async def folder_speed(disk: Disk, folder: Path, ring: Ring, nbytes: int = PROBE_NBYTES) -> float | None:
+    """The same of the drive that `folder` is on, by a file of `nbytes` that is written there, read and removed; None where that
+    cannot be done."""
+
+    def write() -> str | None:
+        try:
+            if shutil.disk_usage(folder).free < 4 * nbytes:
+                return None
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-", delete=False) as file:
+                block = os.urandom(4 << 20)
+                for _ in range(0, nbytes, len(block)):
+                    file.write(block)
+                file.flush()
+                os.fsync(file.fileno())
+                return file.name
+        except OSError:
+            return None
+
+    if (name := await anyio.to_thread.run_sync(write)) is None:
+        return None
+    try:
+        return await drive_speed(disk, [Extent(name, 0, nbytes)], ring, nbytes)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await disk.forget(name)
+            await anyio.to_thread.run_sync(os.unlink, name)
+
+
+def free_disk(folder: Path) -> int | None:
+    """Bytes that may still be written to the drive of `folder`, which need not be there yet; None where that is not known. Blocking."""
+    try:
+        return shutil.disk_usage(_existing(folder)).free
+    except OSError:
+        return None
+
+
+def same_drive(folder: Path, files: Sequence[str]) -> bool:
+    """Whether `folder`, which need not be there yet, is on the drive of the first of `files`. Blocking."""
+    try:
+        return bool(files) and os.stat(_existing(folder)).st_dev == os.stat(files[0]).st_dev
+    except OSError:
+        return False
 
 
 def free_memory() -> int:
@@ -84,3 +131,8 @@ def _group_limits() -> Iterator[int]:
                 yield max(most - used + int(counted.get(cache, 0)), 0)  # cached files make room when it is needed
             except (OSError, ValueError):  # no such controller, or "max"
                 continue
+
+
+def _existing(folder: Path) -> Path:
+    """The first of `folder` and those above it that is there."""
+    return next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)

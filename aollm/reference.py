@@ -47,6 +47,14 @@ async def find(
     return found if isinstance(found, Path) else await snapshot(found, models_dir, force_download, progress, endpoint)
 
 
+async def describe(
+    reference: str, models_dir: Path | None = None, force_download: bool = False, *, endpoint: str | None = None
+) -> Path:  # fmt: skip
+    """The folder of a model as `find` has it, but of a repository that is not here only its configuration, tokenizer and index."""
+    found = await anyio.to_thread.run_sync(locate, reference)
+    return found if isinstance(found, Path) else await snapshot(found, models_dir, force_download, None, endpoint, whole=False)
+
+
 def locate(reference: str) -> Path | Repository:
     """What `reference` means, as far as it can be said without the network. Raises `ModelError` when it means nothing."""
     alias = ALIASES.get(reference)

@@ -19,15 +19,16 @@ from anyio.abc import TaskGroup
 from .buffers import size
 from .checkpoint import read_json
 from .compute import Compute
+from .device import Device
 from .disk.auto import open_disk
 from .disk.base import Disk
 from .errors import ConfigError, DiskError, RequestError, SpecializationError, first_of
-from .kv import cache_state
-from .plan import RuntimePlan
+from .forecast import Forecast
 from .port import Port
 from .prompt import Prompt, encode
 from .reference import find
 from .request import FinishReason, Request, Token
+from .runtime_plan import RuntimePlan
 from .sampling import Sampler
 from .session import Session
 from .settings import GenerationConfig, RuntimeConfig
@@ -47,16 +48,17 @@ class Runtime:
             print(token.text, end="", flush=True)
     """
 
-    def __init__(self, config: RuntimeConfig, disk: Disk | None = None) -> None:
-        """Use `Runtime.open`. `disk` takes the place of the one that `disk_backend` names."""
+    def __init__(self, config: RuntimeConfig, disk: Disk | None = None, on: Device | None = None) -> None:
+        """Use `Runtime.open`. `disk` takes the place of the one that `disk_backend` names, `on` that of `device`."""
         self.config = config
+        self._generation = GenerationConfig.of(None, {})  # read once, not by each request
         self.trace = Trace()
         self.planned: RuntimePlan | None = None
         """How the model is about to be run, before the runtime is open."""
         self._tier: Tier
         self._opened = False
         self._port: Port | None = None
-        self._given_disk = disk
+        self._given_disk, self._given_device = disk, on
         self._group: TaskGroup
         self._numbers = itertools.count()
         self._decoding = anyio.CapacityLimiter(1)  # images and sounds are large while they are decoded
@@ -88,18 +90,26 @@ class Runtime:
         return self._tier.adapters.names if self._tier.adapters is not None else ()
 
     @property
+    def forecast(self) -> Forecast | None:
+        """Foretells how long answers will take; None for transformers' modules."""
+        return self._tier.forecast
+
+    @property
     def drive_bytes_per_second(self) -> float | None:
         """What the drive was measured to give when the runtime opened; None if no weights are streamed."""
         return self._tier.drive_bytes_per_second
 
     @classmethod
-    def open(cls, model: RuntimeConfig | str | Path, *, disk: Disk | None = None, **fields: Any) -> Runtime:
+    def open(cls, model: RuntimeConfig | str | Path | None = None, *, disk: Disk | None = None, on: Device | None = None, **fields: Any
+    ) -> Runtime:  # fmt: skip
         """A runtime for `model`: a folder, an alias such as `demo`, `org/repo[@rev]`, or a whole configuration. Enter it with `async with`.
 
-        A `disk` that is given takes the place of `disk_backend`, and stays open. `fields` are those of `RuntimeConfig`.
+        A `disk` that is given takes the place of `disk_backend`, and stays open; `on` is a device in the place of `device`.
+        `fields` are those of `RuntimeConfig`. What is not said here is as the environment and `aollm.toml` have it, the model
+        too, unless it is a whole configuration.
         Raises `ConfigError` here; on entering `ModelError`, `MemoryBudgetError` or `DiskError`, and then leaves nothing behind.
         """
-        return cls(RuntimeConfig.of(model, fields), disk)
+        return cls(RuntimeConfig.of(model, fields), disk, on)
 
     async def __aenter__(self) -> Self:
         if self._port is not None:
@@ -139,10 +149,12 @@ class Runtime:
     ) -> TokenStream:  # fmt: skip
         """An answer token by token. `prompt` is text, token ids, or chat messages; `fields` are those of `GenerationConfig`.
 
+        What neither `generation` nor `fields` say is as the environment and `aollm.toml` had it when the runtime was made; a
+        `generation` says all.
         `session`: whose keys and values it goes on from (see `runtime.session`, which gives prompts of its own).
         Raises `RequestError` here for a malformed setting, and from the stream for a prompt that cannot be taken.
         """
-        settings = GenerationConfig.of(generation, fields)
+        settings = GenerationConfig.of(self._generation if generation is None else generation, fields)
         sampling = settings.sampling
 
         async def submit() -> Request:
@@ -164,8 +176,8 @@ class Runtime:
             decoders = [self.text.decoder(settings.stop) for _ in range(settings.n)]
             request = Request(
                 next(self._numbers), ids, limit, self.text.stop_ids, samplers, decoders, self.engine.wake,
-                salt, session, settings.context_shift, settings.keep_tokens, self.plan.max_context_tokens,
-                encoded.items, adapter,
+                salt, session if self.config.use_cache else None, settings.context_shift, settings.keep_tokens,
+                self.plan.max_context_tokens, encoded.items, adapter,
             )  # fmt: skip
             self.engine.submit(request)
             return request
@@ -183,17 +195,24 @@ class Runtime:
 
     async def generate(self, prompt: Prompt, generation: GenerationConfig | None = None, **fields: Any) -> Completion:
         """The whole answer to `prompt`, and how it was made."""
-        start = perf_counter()
+        return await self.collect(self.stream(prompt, generation, **fields))
+
+    async def collect(self, answer: TokenStream) -> Completion:
+        """The whole of an answer of this runtime's, such as a session's turn, and how it was made."""
+        start, first_s = perf_counter(), None
         tokens: list[Token] = []
-        async with self.stream(prompt, generation, **fields) as stream:
+        async with answer as stream:
             async for token in stream:
                 tokens.append(token)
-            assert stream.request is not None
-            prompt_tokens, count = len(stream.request.prompt), len(stream.request.answers)
+                first_s = first_s or perf_counter() - start
+            request = stream.request
+            assert request is not None
+            prompt_tokens, count = len(request.prompt), len(request.answers)
+        last_s = perf_counter() - start
         choices = tuple(_choice([token for token in tokens if token.choice == number]) for number in range(count))
         return Completion(
             choices[0].text, choices[0].token_ids, choices[0].finish_reason, Usage(prompt_tokens, len(tokens)), choices,
-            await anyio.to_thread.run_sync(self.profile, start), self.cache_state(), self.plan,
+            await anyio.to_thread.run_sync(self.profile_of, request, start, first_s, last_s, len(tokens)), self.cache_state(), self.plan,
         )  # fmt: skip
 
     def profile(self, start: float, end: float | None = None) -> dict[str, Any] | None:
@@ -206,10 +225,20 @@ class Runtime:
         until = perf_counter() if end is None else end
         return profile(self.trace.between(start, until), until - start, self.drive_bytes_per_second)
 
+    def profile_of(self, request: Request, start: float, first_s: float | None, last_s: float, tokens: int) -> dict[str, Any] | None:
+        """The profile of the time since `start` in which `request` made `tokens` tokens, the first and the last after so many
+        seconds, with what was `predicted` of it, given who rides now, and what was `achieved`."""
+        if (found := self.profile(start, start + last_s)) is None or (forecast := self.forecast) is None:
+            return found
+        answers = len(request.answers)
+        computed = len(request.prompt) - request.prefix_hit_tokens
+        return found | forecast.compared(computed, tokens // answers, answers + self.engine.riders, first_s, last_s)
+
     def cache_state(self) -> dict[str, Any]:
-        """Where KV is kept, and how much of it there is at this moment; no more than `cache_mode` where transformers keeps it."""
-        found = {} if self.cache is None else cache_state(self.config, self.cache)
-        return {**found, "cache_mode": self.plan.cache_mode}
+        """Where KV is kept, how much of it there is at this moment, and whether it would be better kept otherwise; no more than
+        `cache_mode` where transformers keeps it."""
+        adaptation = self._tier.adaptation
+        return {"cache_mode": self.plan.cache_mode} if adaptation is None else adaptation.state()
 
     def __repr__(self) -> str:
         if not self._opened:
@@ -238,7 +267,7 @@ class Runtime:
         if wants_native(self.config):
             try:
                 async with AsyncExitStack() as attempt:
-                    found = await survey(self.config, means.folder, means.disk, reason)
+                    found = await survey(self.config, means.folder, means.disk, reason, on=self._given_device)
                     self.planned = found.plan
                     tier = await open_native(means, found, attempt)
                     self._cleanup.push_async_callback(attempt.pop_all().aclose)

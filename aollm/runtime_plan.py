@@ -6,23 +6,27 @@ It is arithmetic on sizes, done before a single weight is read, and either the w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from .buffers import Ledger, pages, size
+from .device import Chosen
 from .errors import MemoryBudgetError
 from .experts import Key, slot_nbytes
 from .families.base import Family, Tower
 from .maths.attention import BLOCK
-from .placement import band, ring_nbytes, spread
+from .piece import Piece, pinned_nbytes
+from .placement import Place, kept_nbytes, named_layers, place, ring_nbytes
+from .prediction import Prediction
+from .room import device_ledger, land, why_here
+from .selector import Selection
 from .settings import RuntimeConfig
 from .stores.pool import BlockPool
 from .stores.presets import PRESETS
 from .stores.record import record_nbytes
-from .towers import tower_ring_nbytes
-from .weights import Piece, pinned_nbytes
+from .towers import tower_nbytes
 
 CHUNK_ROWS = 512
 """Rows computed at a time: matrix products gain nothing from more."""
@@ -31,8 +35,6 @@ KV_SHARE, ACTIVATION_SHARE = 1 / 8, 1 / 16
 LEAST_RING = 256 << 10
 SNAPSHOTS = 64 << 20
 """Bytes of earlier states that a sequence keeps to go back to, if there is room; one it has in any case."""
-KEPT_ROWS = 2048
-"""Rows of images or sounds that are kept, or more if one can have more."""
 LEAST_SLOTS = 4
 """Experts that have room in any case: some are read while others are used."""
 RUN_NBYTES = 4 << 20
@@ -54,7 +56,7 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class RuntimePlan:
-    """Sizes in bytes. `placement[i]` is `host` or `disk` for the i-th piece of a pass."""
+    """Sizes in bytes. `placement[i]` is `device`, `host` or `disk` for the i-th piece of a pass."""
 
     model: str
     family: str
@@ -62,7 +64,7 @@ class RuntimePlan:
     vocabulary: int
     memory: int
     ledger: dict[str, int]
-    placement: tuple[str, ...]
+    placement: tuple[Place, ...]
     pieces: tuple[str, ...]
     weights_nbytes: int
     pinned_nbytes: int
@@ -96,11 +98,26 @@ class RuntimePlan:
     specialization_reason: str | None = None
     """Why it is not the native tier."""
     passes: tuple[Pass, ...] = ()
+    device: str = "cpu"
+    """What computes."""
+    device_reason: str = "transformers' modules compute on the processor"
+    """Why it is that one; and where it has no memory of its own, what became of what was to be there."""
+    device_memory: int = 0
+    """What the run may have of the device's memory; 0 where that is the host's."""
+    device_ledger: dict[str, int] = field(default_factory=dict)
+    landing_nbytes: int = 0
+    """Memory of the device through which goes what is not kept there."""
+    moved_nbytes_per_pass: int = 0
+    """What a pass copies to the device, without experts."""
+    selection: Selection | None = None
+    """How `kv_cache_strategy` was chosen; None where it was named, and for transformers' modules."""
+    predicted: Prediction | None = None
+    """What it foretells of this machine; None where nobody measured, and for transformers' modules."""
 
     @property
     def pinned(self) -> frozenset[int]:
-        """Indices of the pieces that are kept in memory."""
-        return frozenset(index for index, place in enumerate(self.placement) if place == "host")
+        """Indices of the pieces that are kept in memory, the host's or the device's."""
+        return frozenset(index for index, place in enumerate(self.placement) if place != "disk")
 
     @property
     def cache_mode(self) -> str:
@@ -117,31 +134,31 @@ class RuntimePlan:
 def make_plan(
     config: RuntimeConfig, model_type: str, family: Family, pieces: Sequence[Piece], experts: Mapping[Key, Piece],
     tower: tuple[Tower | None, Sequence[Piece]], adapters_nbytes: int, memory: int, in_use: int, disk: tuple[str, str], exported: bool,
+    on: Chosen,
 ) -> RuntimePlan:  # fmt: skip
-    """Divide `memory` bytes, of which the process already has `in_use`. Raises `MemoryBudgetError` with the largest parts."""
+    """Divide `memory` bytes, of which the process already has `in_use`, and those of the device, which was chosen for a reason.
+
+    Raises `MemoryBudgetError` with the largest parts of the memory that does not suffice.
+    """
+    device, device_memory = on.device, (config.device_memory or on.free_nbytes) if on.device.apart else 0
     ledger = Ledger(memory)
     ledger.lines["interpreter and libraries"] = in_use
     ledger.lines["slack"] = SLACK
     kv = kv_share(config, family, ledger.free)
     context, kv_tokens = kv.context, kv.tokens
-    together = _together(tower[0])
-    max_rows, chunk_rows = _rows(config, family, kv, together, ledger.free)
-    kv_nbytes = BlockPool.nbytes(kv_tokens, config.max_answers, family.kv.layers, family.kv.row_nbytes) + kv.ring_nbytes
+    together = rows_together(tower[0])
+    max_rows, chunk_rows = _rows(config, family, kv, together, min(ledger.free, device_memory) if device.apart else ledger.free)
     state = family.kv.state_nbytes
     snapshots = max(state, min(SNAPSHOTS, int(ledger.free * KV_SHARE) // config.max_answers)) if state else 0
-    kv_nbytes += config.max_answers * (state + snapshots)
-    activations = (
-        max_rows * _row_nbytes(family)
-        + family.activation_nbytes(max(chunk_rows, together)) * 5 // 4  # the allocator does not fit them without gaps
-        + config.max_answers * family.vocabulary * (family.dtype.itemsize + 8)
-    )
+    kv_nbytes = history_nbytes(family, kv_tokens, config.max_answers) + kv.ring_nbytes + config.max_answers * snapshots
+    activations = activations_nbytes(family, max_rows, max(chunk_rows, together), config.max_answers)
     sizes, kept_sizes = [piece.nbytes for piece in pieces], [pinned_nbytes(piece) for piece in pieces]
-    kept = None if config.offload_cpu_layers is None else band(family.layers, config.offload_cpu_layers, config.offload_cpu_policy)
+    in_host, on_device = named_layers(family.layers, config.offload_cpu_layers, config.offload_cpu_policy, config.offload_gpu_layers)
     slot = slot_nbytes(experts)
     slots = min(len(experts), LEAST_SLOTS)
-    item, kept_items = _tower(*tower, context)
+    item, kept_items = tower_nbytes(*tower, context)
     fits = sum(kept_sizes) + kv_nbytes + activations + item + kept_items + adapters_nbytes + slot * slots <= ledger.free
-    ring = 0 if fits and kept is None else max(pages(ring_nbytes(sizes, config.prefetch_depth)), LEAST_RING)
+    ring = 0 if fits and in_host is None and not device.apart else max(pages(ring_nbytes(sizes, config.prefetch_depth)), LEAST_RING)
     for name, nbytes in (("stream ring", ring), ("kv", kv_nbytes), ("activations", activations)):
         ledger.lines[name] = nbytes
     if adapters_nbytes:
@@ -150,12 +167,15 @@ def make_plan(
         ledger.lines["towers"] = item + kept_items
     if experts:
         ledger.lines["experts"] = slots * slot
-    if kept is None:
-        ledger.reserve("pinned weights", 0)
-        pinned = spread(kept_sizes, ledger.free)
-    else:
-        pinned = frozenset(index for index, piece in enumerate(pieces) if piece.layer in kept)
-    ledger.reserve("pinned weights", sum(kept_sizes[index] for index in pinned))
+    there = device_ledger(device, device_memory, family, experts.values(), tower, context, activations, adapters_nbytes)
+    landing = land(there, kept_sizes, config.prefetch_depth, in_host is not None or on_device is not None)
+    ledger.reserve("pinned weights", 0)
+    layers = [piece.layer for piece in pieces]
+    places = place(layers, kept_sizes, on_device, in_host, there.free if device.apart else None, ledger.free)
+    if device.apart:
+        there.reserve("weights", kept_nbytes(kept_sizes, places, "device"), "offload_gpu_layers")
+    ledger.reserve("pinned weights", kept_nbytes(kept_sizes, places, "host"), "offload_cpu_layers or offload_gpu_layers")
+    pinned = frozenset(index for index, at in enumerate(places) if at != "disk")
     table = pages(family.vocabulary * family.hidden * family.dtype.itemsize)
     if len(pinned) == len(pieces) and family.embedding != family.head and slot * (len(experts) - slots) + table <= ledger.free:
         ledger.reserve("pinned embedding", table)
@@ -168,8 +188,7 @@ def make_plan(
     return RuntimePlan(
         model=config.model_reference, family=model_type, dtype=str(family.dtype).removeprefix("torch."),
         vocabulary=family.vocabulary, memory=memory, ledger=dict(ledger.lines),
-        placement=tuple("host" if index in pinned else "disk" for index in range(len(pieces))),
-        pieces=tuple(piece.label for piece in pieces),
+        placement=tuple(places), pieces=tuple(piece.label for piece in pieces),
         weights_nbytes=sum(piece.read_nbytes for piece in pieces) + expert_nbytes,
         pinned_nbytes=sum(pieces[index].read_nbytes for index in pinned),
         streamed_nbytes_per_pass=sum(piece.read_nbytes for index, piece in enumerate(pieces) if index not in pinned),
@@ -178,7 +197,10 @@ def make_plan(
         kv_tokens=kv_tokens, kv_ring_nbytes=kv.ring_nbytes, state_snapshot_nbytes=snapshots, max_context_tokens=context,
         max_concurrent_requests=config.max_concurrent_requests, max_answers=config.max_answers, max_rows=max_rows, chunk_rows=chunk_rows,
         disk_backend=disk[0], disk_reason=disk[1],
-        passes=tuple(_passes(config, family, pieces, pinned, tower[0], chunk_rows, exported)),
+        passes=tuple(_passes(config, family, places, device.name, tower[0], chunk_rows, exported)),
+        device=device.name, device_memory=device_memory, device_ledger=dict(there.lines), landing_nbytes=landing,
+        device_reason=why_here(device, on.reason, {name: getattr(config, name) for name in ("offload_gpu_layers", "device_memory")}),
+        moved_nbytes_per_pass=sum(piece.nbytes for piece, at in zip(pieces, places, strict=True) if device.apart and at != "device"),
     )  # fmt: skip
 
 
@@ -190,6 +212,10 @@ class KvShare:
     tokens: int
     ring_nbytes: int
     on_disk: bool
+
+    def most_rows(self, layers: int) -> int:
+        """Rows that a pass may have. Keys and values of two layers' rows have to be in memory beside everybody's last block."""
+        return max((self.tokens - min(BLOCK, self.context)) * layers // 16, 32) if self.on_disk else self.tokens
 
 
 def kv_share(config: RuntimeConfig, family: Family, free: int) -> KvShare:
@@ -219,33 +245,41 @@ def kv_share(config: RuntimeConfig, family: Family, free: int) -> KvShare:
     return KvShare(context, tokens, ring, True)
 
 
-def _together(tower: Tower | None) -> int:
+def history_nbytes(family: Family, tokens: int, answers: int) -> int:
+    """Memory for keys, values and states of `tokens` tokens of `answers` answers."""
+    return BlockPool.nbytes(tokens, answers, family.kv.layers, family.kv.row_nbytes) + answers * family.kv.state_nbytes
+
+
+def activations_nbytes(family: Family, rows: int, chunk_rows: int, answers: int) -> int:
+    """Memory for a pass of `rows` rows, `chunk_rows` at a time, and for the draws of `answers` answers."""
+    step = family.activation_nbytes(chunk_rows) * 5 // 4  # the allocator does not fit them without gaps
+    return rows * _row_nbytes(family) + step + answers * family.vocabulary * (family.dtype.itemsize + 8)
+
+
+def rows_together(tower: Tower | None) -> int:
     """Rows that must not be parted: an image's, if they see each other."""
     return tower.rows(torch.empty(tower.largest(1), device="meta")) if tower is not None and tower.both_ways else 0
 
 
 def _rows(config: RuntimeConfig, family: Family, kv: KvShare, together: int, free: int) -> tuple[int, int]:
-    """How many rows a pass may have, and how many of them are computed at a time. Keys and values of two layers' rows
-    have to be in memory beside everybody's last block."""
+    """How many rows a pass may have, and how many of them are computed at a time."""
     chunk = config.dense_projection_chunk_rows or CHUNK_ROWS
     while config.dense_projection_chunk_rows is None and chunk > 32 and family.activation_nbytes(chunk) > free * ACTIVATION_SHARE:
         chunk //= 2
-    most = max(kv.tokens, config.max_answers)
-    if kv.on_disk:
-        most = max((kv.tokens - min(BLOCK, kv.context)) * family.kv.layers // 16, 32)
     rows = max(int(free * ACTIVATION_SHARE) // _row_nbytes(family), chunk, config.max_answers)
-    rows = max(min(rows, most), config.max_answers + together)
+    rows = max(min(rows, kv.most_rows(family.kv.layers)), config.max_answers + together)
     return (rows // chunk * chunk if rows > chunk else rows), min(chunk, rows)
 
 
 def _passes(
-    config: RuntimeConfig, family: Family, pieces: Sequence[Piece], pinned: frozenset[int], tower: Tower | None,
-    chunk_rows: int, exported: bool,
+    config: RuntimeConfig, family: Family, places: Sequence[Place], device: str, tower: Tower | None, chunk_rows: int, exported: bool,
 ) -> Iterator[Pass]:  # fmt: skip
     if PRESETS[config.kv_cache_strategy].layout is not None:
         yield Pass("disk-cache", f"{config.kv_cache_strategy} writes what does not fit in memory")
-    if pinned:
-        yield Pass("cpu-offload", f"{len(pinned)} of {len(pieces)} pieces stay in memory")
+    if count := places.count("host"):
+        yield Pass("cpu-offload", f"{count} of {len(places)} pieces stay in memory")
+    if count := places.count("device"):
+        yield Pass("gpu-offload", f"{count} of {len(places)} pieces stay on {device}")
     yield Pass("mlp-chunking", f"a layer runs in chunks of {chunk_rows} rows")
     if any(step.experts is not None for step in family.steps):
         yield Pass("moe-routing", "experts are read when rows were routed to them")
@@ -255,15 +289,6 @@ def _passes(
         yield Pass("multimodal-shell", f"it takes parts of type {tower.kind}")
     if exported:
         yield Pass("gds-export-weights", "weights come from an export")
-
-
-def _tower(tower: Tower | None, pieces: Sequence[Piece], context: int) -> tuple[int, int]:
-    """What a tower needs for its largest item in a prompt of `context` tokens, and what is set aside for rows that it has given."""
-    if tower is None:
-        return 0, 0
-    shape = tower.largest(context)
-    rows = max(tower.rows(torch.empty(shape, device="meta")), KEPT_ROWS)
-    return tower_ring_nbytes(pieces) + tower.activation_nbytes(shape), rows * tower.text_hidden * tower.dtype.itemsize
 
 
 def _row_nbytes(family: Family) -> int:

@@ -63,6 +63,8 @@ class Session:
             raise RequestError("this session is closed; ask runtime.session() for another one")
         if (fields.get("n") or (generation.n if generation is not None else 1)) != 1:
             raise RequestError("n: a session has one answer a turn; use branch() for more")
+        if generation is None:
+            fields = {"n": 1, **fields}  # whatever is configured for answers by themselves
         if self._turn is not None:
             self._turn.cancel()
         said = self.messages

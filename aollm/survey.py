@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,30 @@ import torch
 from torch.nn import functional
 
 from .adapters import Adapters, load_adapters
-from .checkpoint import Checkpoint, open_checkpoint, read_json
+from .blueprint import EMBEDDING, weights_of
+from .buffers import Ring
+from .checkpoint import Checkpoint, read_json
+from .device import Device, choose_device
 from .disk.base import Disk, Extent
-from .errors import ModelError, SpecializationError
+from .errors import DiskError, MemoryBudgetError, ModelError, SpecializationError
 from .experts import Key
 from .families import FAMILIES, TOWERS
 from .families.base import Family, Tower
-from .plan import RuntimePlan, make_plan
-from .probe import memory_budget
+from .fit import fitted
+from .piece import Piece, check_shape, dtype_of, expert_pieces, pieces_of, step_piece
+from .probe import drive_speed, free_disk, memory_budget, same_drive
+from .runtime_plan import KV_SHARE, SLACK, RuntimePlan, make_plan
+from .selector import Inputs, Selection, select
 from .settings import RuntimeConfig
+from .stores.presets import PRESETS
 from .text import Text
-from .weights import Piece, check_shape, dtype_of, expert_pieces, pieces_of, step_piece
 
+AUTO = "auto"
+"""The strategy of those who leave it to the selector."""
+GLANCE = 4 << 20
+"""Bytes that are read at a time to see whether a drive is slow."""
 PROBED = 256
 """Experts that are enough to measure the drive with."""
-EMBEDDING = "embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +51,21 @@ class Survey:
     adapters: Adapters
     tower: Tower | None
     tower_pieces: Sequence[Piece]
+    config: RuntimeConfig
+    """As asked for, with the strategy that was chosen where it was `auto`."""
     plan: RuntimePlan
+    plan_of: Callable[[RuntimeConfig], RuntimePlan]
+    """The plan for the same model run otherwise."""
+    device: Device
+
+    async def without(self, reason: str) -> Survey | None:
+        """The same with the next strategy in the selector's chain, as the one planned cannot be opened for `reason`; None where
+        there is none. Raises `MemoryBudgetError` where that does not fit."""
+        following = self.plan.selection.without(reason) if self.plan.selection is not None else None
+        if following is None:
+            return None
+        config, plan = await anyio.to_thread.run_sync(_selected, self.config, following, self.plan_of)
+        return replace(self, config=config, plan=plan)
 
     @property
     def streamed(self) -> list[Extent]:
@@ -53,14 +76,16 @@ class Survey:
         return [extent for piece in pieces for extent, _ in piece.reads]
 
 
-async def survey(config: RuntimeConfig, folder: Path, disk: Disk, reason: str) -> Survey:
+async def survey(config: RuntimeConfig, folder: Path, disk: Disk, reason: str, here: bool = True, on: Device | None = None) -> Survey:
     """Read the headers in `folder` through `disk`, which was chosen for `reason`, and plan.
 
-    Raises `ModelError` for a model that cannot be used, `MemoryBudgetError` for one that cannot be run in the memory given.
+    Unless weights have to be `here`, they may be known by a blueprint. `on`: the device, in the place of the one that is set.
+    Raises `ModelError` for a model that cannot be used, `MemoryBudgetError` for one that cannot be run in the memory given,
+    `ConfigError` for a device that is not there.
     """
     described = await read_json(folder / "config.json")
     text = await anyio.to_thread.run_sync(Text.load, folder)
-    checkpoint = await open_checkpoint(folder, disk)
+    checkpoint = await weights_of(folder, disk, described, here)
     family = await anyio.to_thread.run_sync(build_family, described, checkpoint)
     pieces = await anyio.to_thread.run_sync(pieces_of, family, checkpoint)
     experts = await anyio.to_thread.run_sync(expert_pieces, family, checkpoint)
@@ -69,12 +94,66 @@ async def survey(config: RuntimeConfig, folder: Path, disk: Disk, reason: str) -
     adapters = await anyio.to_thread.run_sync(_adapters, config, family, checkpoint)
     if tower is not None:
         await anyio.to_thread.run_sync(_without_memory)
+    chosen = choose_device(config.device, on)
     memory, in_use = memory_budget(config.memory)
-    plan = make_plan(
-        config, str(described["model_type"]), family, pieces, experts, (tower, tower_pieces), adapters.nbytes,
-        memory, in_use, (disk.name, reason), checkpoint.fingerprint is not None,
+
+    def attempt(config: RuntimeConfig, memory: int) -> RuntimePlan:
+        towers = (tower, tower_pieces) if config.multimodal else (None, [])
+        return make_plan(
+            config, str(described["model_type"]), family, pieces, experts, towers, adapters.nbytes,
+            memory, in_use, (disk.name, reason), checkpoint.fingerprint is not None, chosen,
+        )  # fmt: skip
+
+    def plan_of(config: RuntimeConfig) -> RuntimePlan:
+        return fitted(attempt, config, memory, family.context)
+
+    if config.kv_cache_strategy == AUTO:
+        selection = await _selection(config, family, memory - in_use - SLACK, disk, pieces, checkpoint)
+        config, plan = await anyio.to_thread.run_sync(_selected, config, selection, plan_of)
+    else:
+        plan = await anyio.to_thread.run_sync(plan_of, config)
+    return Survey(text, checkpoint, family, pieces, experts, adapters, tower, tower_pieces, config, plan, plan_of, chosen.device)
+
+
+async def _selection(
+    config: RuntimeConfig, family: Family, free: int, disk: Disk, pieces: Sequence[Piece], checkpoint: Checkpoint
+) -> Selection:  # fmt: skip
+    """The strategy that fits what is measured, with `free` bytes to divide. The drive is read only where something would be written."""
+    room = await anyio.to_thread.run_sync(free_disk, config.cache_dir)
+    inputs = Inputs(
+        free, config.kv_cache_memory or max(int(free * KV_SHARE), 0), family.kv.token_nbytes,
+        config.max_context_tokens or family.context, config.max_context_tokens is not None, config.max_concurrent_requests,
+        config.kv_cache_lifecycle == "persistent", None, room, config.kv_cache_window_tokens,
     )  # fmt: skip
-    return Survey(text, checkpoint, family, pieces, experts, adapters, tower, tower_pieces, plan)
+    selection = select(config.strategy_selector_profile, inputs)
+    extents = [extent for piece in pieces for extent, _ in piece.reads]
+    if PRESETS[selection.choice].layout is None or sum(extent.nbytes for extent in extents) < 8 * GLANCE:
+        return selection  # a few bytes say nothing of a drive
+    if not await anyio.to_thread.run_sync(same_drive, config.cache_dir, checkpoint.files):
+        return selection
+    try:
+        drive = await drive_speed(disk, extents, Ring(2 * GLANCE), 8 * GLANCE)
+    except DiskError:  # whoever reads the weights will say so
+        return selection
+    return select(config.strategy_selector_profile, replace(inputs, drive_bytes_per_second=drive))
+
+
+def _selected(
+    config: RuntimeConfig, selection: Selection, plan_of: Callable[[RuntimeConfig], RuntimePlan]
+) -> tuple[RuntimeConfig, RuntimePlan]:  # fmt: skip
+    """The first of the chain that fits the memory, and its plan. Raises the first one's `MemoryBudgetError` where none does."""
+    first: MemoryBudgetError | None = None
+    following: Selection | None = selection
+    while following is not None:
+        window = following.window_tokens if PRESETS[following.strategy].windowed else None
+        named = config.model_copy(update={"kv_cache_strategy": following.strategy, "kv_cache_window_tokens": window})
+        try:
+            return named, replace(plan_of(named), selection=following)
+        except MemoryBudgetError as error:
+            first = first or error
+            following = following.without(str(error))
+    assert first is not None
+    raise first
 
 
 def build_family(config: Mapping[str, Any], checkpoint: Checkpoint) -> Family:

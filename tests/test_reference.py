@@ -24,7 +24,7 @@ from aollm.commands.fetch import Arrival
 from aollm.demo import MODEL as DEMO
 from aollm.errors import ModelError
 from aollm.hub import Repository, missing
-from aollm.reference import ALIASES, find, locate
+from aollm.reference import ALIASES, describe, find, locate
 from aollm.terminal import Terminal
 
 COMMIT, OTHER = "a" * 40, "b" * 40
@@ -287,6 +287,18 @@ async def test_only_what_is_needed_arrives(hub: Hub, model: dict[str, bytes], tm
     assert await find("hf://org/model@main", tmp_path, endpoint=hub.endpoint) == folder
     assert await find(f"org/model@{COMMIT}", tmp_path, endpoint=hub.endpoint) == folder
     assert hub.log == []  # nobody was asked
+
+
+async def test_what_describes_a_model_arrives_alone_and_the_rest_later(hub: Hub, model: dict[str, bytes], tmp_path: Path) -> None:
+    folder = await describe("org/model", tmp_path, endpoint=hub.endpoint)
+    here = {path.name for path in folder.iterdir()}
+    assert {"config.json", INDEX, "tokenizer.json"} <= here
+    assert not [name for name in (*here, *hub.fetched) if name.endswith(".safetensors")]
+    asked = len(hub.log)
+    assert await describe("org/model", tmp_path, endpoint=hub.endpoint) == folder
+    assert len(hub.log) == asked  # nothing more
+    assert await find("org/model", tmp_path, endpoint=hub.endpoint) == folder
+    assert {name for name in model if name.endswith(".safetensors")} <= {path.name for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize(

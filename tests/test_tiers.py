@@ -197,6 +197,7 @@ ONLY_GENERIC: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@ONE_LOOP
 @pytest.mark.parametrize("name", ONLY_GENERIC)
 async def test_what_the_native_tier_does_not_compute_goes_to_transformers(
     folders: dict[str, Path], copy: Path, tmp_path: Path, name: str
@@ -232,6 +233,7 @@ CHOICES: dict[str, tuple[str, dict[str, Any], tuple[str, str, str | None]]] = {
 }
 
 
+@ONE_LOOP
 @pytest.mark.parametrize("name", CHOICES)
 async def test_the_tier_that_was_asked_for_else_the_native_one_else_transformers(folders: dict[str, Path], name: str) -> None:
     kind, fields, (backend, state, reason) = CHOICES[name]
@@ -394,7 +396,7 @@ async def test_t5_goes_on_when_a_reader_leaves(t5s: Runtime) -> None:
         async for _ in t5s.stream(tiny.prompt(30), max_new_tokens=80):
             await anyio.sleep(0.02)
     assert await ids_of(t5s, [5, 6, 7]) == wanted
-    with anyio.fail_after(3):
+    with anyio.fail_after(30):
         while t5s.engine.riders or t5s.engine.waiting:  # noqa: ASYNC110  nothing tells of it
             await anyio.sleep(0.005)
 
@@ -738,6 +740,7 @@ def defect(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, made
     yield kind, words
 
 
+@ONE_LOOP  # a cache that is not where it was gives way on both
 async def test_a_pass_that_does_not_hold_gives_way_to_transformers_and_leaves_nothing(
     folders: dict[str, Path], tmp_path: Path, defect: tuple[str, str], made: list[weakref.ref[Any]]
 ) -> None:  # fmt: skip
@@ -771,11 +774,12 @@ def test_plan_and_run_of_a_model_without_a_match(folders: dict[str, Path], capsy
     assert main(["plan", t5, *limit, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert (plan["backend"], plan["specialization_state"], plan["passes"]) == (GENERIC, "not-planned", [])
-    assert plan["cache_mode"] == "transformers-dynamic" and plan["drive_bytes_per_second"] is None
+    assert plan["cache_mode"] == "transformers-dynamic" and plan["predicted"] is None
     assert main(["plan", t5, *limit]) == 0
     told = capsys.readouterr().out
-    assert f"  tier      {GENERIC}\n            not-planned: config.json: model_type 't5' is not known" in told
-    assert "  context   64 tokens a request\n" in told and "kv cache  transformers, runtime-scoped: " in told and "passes" not in told
+    assert re.search(rf"\n  tier +{GENERIC}\n +not-planned: config.json: model_type 't5' is not known", told)
+    assert re.search(r"\n  context +64 tokens a request\n  kv cache +transformers, runtime-scoped: ", told) and "passes" not in told
+    assert "not foretold: transformers' modules compute" in told
     assert main(["run", t5, "hello", "--max-new-tokens", "4", *limit, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["token_ids"] == t5_ids(folders, tokenizer().encode("hello").ids, 4)
@@ -790,9 +794,9 @@ def test_plan_and_run_of_a_model_without_a_match(folders: dict[str, Path], capsy
 def test_plan_of_experts_and_passes(folders: dict[str, Path], copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(folders["mixtral"]), "--max-context-tokens", "64", "--expert-memory", "220kB"]) == 0
     told = capsys.readouterr().out
-    assert f"  tier      {NATIVE}\n  passes    cpu-offload: 8 of 8 pieces stay in memory\n            mlp-chunking: " in told
-    assert re.search(r"\n  experts   \d of 24 have room, 2 of 8 are read a layer and token\n", told)
-    assert re.search(r"\n  drive     [\d.]+ [MG]B/s, measured now\n  at best   .* if all experts are asked for alike; requests share", told)
+    assert re.search(rf"\n  tier +{NATIVE}\n  passes +cpu-offload: 8 of 8 pieces stay in memory\n +mlp-chunking: ", told)
+    assert re.search(r"\n  experts +\d of 24 have room, 2 of 8 are read a layer and token\n", told)
+    assert re.search(r"\n  drive +[\d.]+ [MG]B/s, measured now\n  foretold +one request at 64: .*, reads \d", told)
     tiny.edit(copy, lambda config: config.update(model_type="evil"))
     assert main(["plan", str(copy)]) == 1
     refused = capsys.readouterr()

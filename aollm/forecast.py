@@ -1,0 +1,138 @@
+"""The forecast: what a planned run will take, by arithmetic on sizes and on speeds that were measured.
+
+A pass reads what is not kept while it computes, so it takes the longer of the two; experts are known only when their layer is
+reached, so reading them and computing take turns. It refuses to know how speeds are measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from .experts import Key
+from .families.base import Family
+from .maths.attention import BLOCK
+from .pace import SAMPLE_NBYTES, Pace, measure
+from .piece import Piece
+from .prediction import FirstToken, Limiter, Prediction, Speed
+from .runtime_plan import RuntimePlan, activations_nbytes, history_nbytes
+from .stores.presets import PRESETS
+
+LATER = ("pinned weights", "kv", "activations", "experts")
+"""Lines of the ledger whose memory is not in use yet while the processor is measured."""
+HOPS_S = 0.001
+"""What a pass takes besides: its embedding rows, its draws, and the ways between threads."""
+SHORT = 1024
+"""Tokens of a history that is called short."""
+PROMPTS = (32, 512, 4096)
+"""Tokens of prompts whose first token is foretold, as far as they fit, and the longest that does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Foretells passes of `plan`. `expert_nbytes` is what one expert takes to read."""
+
+    plan: RuntimePlan
+    family: Family
+    pace: Pace
+    drive_bytes_per_second: float | None
+    expert_nbytes: float
+
+    def decode(self, requests: int, context: int) -> Speed:
+        """`requests` together, each making one token a pass."""
+        compute_s = self.pace.pass_s(requests, requests, context)
+        streamed, asked = self._streamed_nbytes(requests, context), self._experts_nbytes(requests)
+        seconds = HOPS_S + max(self._read_s(streamed), compute_s) + self._read_s(asked)
+        by_disk = self._read_s(streamed + asked) >= compute_s
+        limiter: Limiter = "disk" if by_disk else "memory" if requests <= 32 else "compute"
+        return Speed(requests, context, seconds, int(streamed + asked), requests / seconds, limiter)
+
+    def first_token(self, prompt_tokens: int) -> float:
+        """Seconds until a prompt's first token, when nobody else rides."""
+        plan = self.plan
+        passes = -(-prompt_tokens // plan.max_rows)
+        rows = -(-prompt_tokens // passes)
+        read_s = self._read_s(passes * plan.streamed_nbytes_per_pass)
+        compute_s = self.pace.prefill_s(prompt_tokens, plan.chunk_rows)
+        return HOPS_S + max(read_s, compute_s) + passes * self._read_s(self._experts_nbytes(rows))
+
+    def answer(self, prompt_tokens: int, new_tokens: int, requests: int = 1) -> tuple[float, float]:
+        """Seconds until the first token of an answer, and until its last, while `requests` ride."""
+        first = self.first_token(max(prompt_tokens, 1))
+        return first, first + max(new_tokens - 1, 0) * self.decode(requests, prompt_tokens + new_tokens // 2).seconds_per_pass
+
+    def compared(self, prompt_tokens: int, new_tokens: int, requests: int, first_s: float | None, last_s: float) -> dict[str, Any]:
+        """What was `predicted` of an answer and what was `achieved`: `new_tokens` after `prompt_tokens` that had to be computed, in
+        the company of all `requests`, the first and the last token after so many seconds."""
+        predicted = self.answer(prompt_tokens, new_tokens, requests)
+        return {"predicted": _figures(*predicted, new_tokens), "achieved": _figures(first_s, last_s, new_tokens)}
+
+    def prediction(self) -> Prediction:
+        """One request and all that may ride, with short and with full histories; first tokens of prompts of several lengths."""
+        plan = self.plan
+        contexts = sorted({min(SHORT, plan.max_context_tokens), plan.max_context_tokens})
+        together = sorted({1, plan.max_concurrent_requests})
+        longest = max(plan.max_context_tokens - 1, 1)
+        prompts = sorted({*(tokens for tokens in PROMPTS if tokens < longest), longest})
+        return Prediction(
+            self.drive_bytes_per_second,
+            tuple(self.decode(requests, context) for context in contexts for requests in together),
+            tuple(FirstToken(tokens, self.first_token(tokens)) for tokens in prompts),
+            self.peak_nbytes(plan.max_concurrent_requests, plan.max_context_tokens), self._disk_nbytes(),
+        )  # fmt: skip
+
+    def peak_nbytes(self, requests: int, tokens: int, answers: int = 1) -> int:
+        """The most memory that the process will have while `requests` ride, each with `answers` answers of `tokens` tokens: what
+        the ledger promises, less what only more of them would touch."""
+        plan, family, answers = self.plan, self.family, min(requests * answers, self.plan.max_answers)
+        held = min(answers * tokens, plan.kv_tokens)
+        snapshots = min(plan.state_snapshot_nbytes, tokens // BLOCK * family.kv.state_nbytes)
+        kv = history_nbytes(family, held, answers) + plan.kv_ring_nbytes + answers * snapshots
+        rows = min(requests * tokens, plan.max_rows)
+        activations = activations_nbytes(family, rows, min(rows, plan.chunk_rows), answers)
+        used = {"kv": min(kv, plan.ledger["kv"]), "activations": min(activations, plan.ledger["activations"])}
+        return sum((plan.ledger | used).values())
+
+    def _read_s(self, nbytes: float) -> float:
+        return nbytes / self.drive_bytes_per_second if self.drive_bytes_per_second else 0.0
+
+    def _streamed_nbytes(self, requests: int, context: int) -> float:
+        """Weights that are not kept, and histories that are not in memory."""
+        plan = self.plan
+        cold = max(requests * context - plan.kv_tokens, 0) if plan.cache_mode == "disk-kv" else 0
+        return plan.streamed_nbytes_per_pass + cold * plan.kv_nbytes_per_token
+
+    def _experts_nbytes(self, rows: int) -> float:
+        """What is read of experts, if rows ask for all alike and those in memory are like the others."""
+        plan = self.plan
+        if plan.expert_slots >= plan.experts:
+            return 0.0
+        mixtures = [step.experts for step in self.family.steps if step.experts is not None]
+        asked = sum(experts.count * (1 - (1 - experts.top / experts.count) ** rows) for experts in mixtures)
+        return asked * (1 - plan.expert_slots / plan.experts) * self.expert_nbytes
+
+    def _disk_nbytes(self) -> int:
+        """Keys and values of as many tokens as there can be."""
+        plan = self.plan
+        if plan.cache_mode != "disk-kv":
+            return 0
+        coded = 0.5 if PRESETS[plan.kv_cache_strategy].codec.representation else 1.0
+        return int(coded * plan.max_context_tokens * plan.max_concurrent_requests * plan.kv_nbytes_per_token)
+
+
+def _figures(first_s: float | None, last_s: float, tokens: int) -> dict[str, float | None]:
+    """Seconds, and tokens per second after the first."""
+    rate = (tokens - 1) / (last_s - first_s) if first_s is not None and tokens > 1 and last_s > first_s else None
+    return {"first_token_seconds": first_s, "seconds": last_s, "tokens_per_second": rate}
+
+
+def foretell(
+    plan: RuntimePlan, family: Family, pieces: Sequence[Piece], experts: Mapping[Key, Piece], drive_bytes_per_second: float | None
+) -> Forecast:  # fmt: skip
+    """The forecast for `plan`, the processor being measured now: for the compute thread, before weights are kept."""
+    room = sum(plan.ledger.get(line, 0) for line in LATER)
+    expert_nbytes = fmean(piece.read_nbytes for piece in experts.values()) if experts else 0.0
+    pace = measure(family, pieces, experts, min(room, SAMPLE_NBYTES))
+    return Forecast(plan, family, pace, drive_bytes_per_second, expert_nbytes)

@@ -1,0 +1,62 @@
+"""Planning without running: `await aollm.plan(model)` tells what a run would keep, read, take and need. No weights are loaded."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .buffers import Ring
+from .compute import Compute
+from .disk.auto import open_disk
+from .forecast import Forecast, foretell
+from .port import Port
+from .probe import CHUNK, drive_speed, folder_speed
+from .reference import describe
+from .runtime_plan import RuntimePlan
+from .settings import RuntimeConfig
+from .tiers import Choice, choose
+
+
+async def plan(model: RuntimeConfig | str | Path, **fields: Any) -> RuntimePlan:
+    """How `model` would be run, as `Runtime.open` takes it, with what that foretells of this machine in `predicted`.
+
+    It reads `config.json` and the weights' headers, and measures drive and processor for less than a second. A model that is
+    not here yet is known by its configuration and index, which are fetched; the drive is measured with a file that is removed again.
+    Raises what opening raises: `ConfigError`, `ModelError`, `MemoryBudgetError` (with what would make it fit), `DiskError`.
+
+    plan = await aollm.plan("demo", memory="1GiB")
+    print(plan.ledger, plan.predicted.speeds[0].tokens_per_second)
+    """
+    return (await look(RuntimeConfig.of(model, fields))).plan
+
+
+async def look(config: RuntimeConfig) -> Choice:
+    """The plan and what it was made of."""
+    folder = await describe(config.model_reference, config.models_dir, config.force_download)
+    async with Port() as port:
+        disk, reason = open_disk(config.disk_backend, port, folder)
+        try:
+            choice = await choose(config, folder, disk, reason)
+            if (found := choice.found) is None:
+                return choice
+            drive = None
+            if found.streamed and found.checkpoint.files:
+                drive = await drive_speed(disk, found.streamed, Ring(2 * CHUNK))
+            elif found.streamed:  # its weights are not here yet
+                drive = await folder_speed(disk, folder, Ring(2 * CHUNK))
+            compute = Compute(port, threads())
+            try:
+                forecast: Forecast = await compute.run(foretell, choice.plan, found.family, found.pieces, found.experts, drive)
+            finally:
+                compute.close()
+            return replace(choice, plan=replace(choice.plan, predicted=forecast.prediction()))
+        finally:
+            await disk.aclose()
+
+
+def threads() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

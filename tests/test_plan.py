@@ -1,0 +1,282 @@
+"""What is told before a run: sizes, speeds, what would make it fit; with and without weights; and what came of it."""
+
+import json
+import shutil
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import anyio
+import psutil
+import pytest
+import tiny
+
+from aollm import MemoryBudgetError, ModelError, Runtime, RuntimeConfig
+from aollm.checkpoint import INDEX
+from aollm.disk.base import Extent, Priority, Span
+from aollm.disk.threads import ThreadsDisk
+from aollm.forecast import HOPS_S, Forecast
+from aollm.pace import Pace, at
+from aollm.planning import look, plan
+from aollm.port import Port
+from aollm.tiers import Choice, choose
+
+pytestmark = [pytest.mark.anyio]
+
+KINDS = sorted(tiny.CONFIGS)
+ONE_LOOP = pytest.mark.parametrize("anyio_backend", ["asyncio"], scope="module")
+WHOLE: dict[str, Any] = {"max_context_tokens": 128, "memory": "2GiB"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A sharded tiny model of each kind."""
+    return {kind: tiny.save(tmp_path_factory.mktemp(kind), kind, shard="200KB") for kind in KINDS}
+
+
+@pytest.fixture
+def folder(folders: dict[str, Path]) -> Path:
+    return folders["llama"]
+
+
+def described(folder: Path, tmp_path: Path, index: bool) -> Path:
+    """A folder with what is fetched of a model before its weights."""
+    (copy := tmp_path / f"{folder.name}-described").mkdir()
+    shutil.copy(folder / "config.json", copy)
+    if index:
+        shutil.copy(folder / INDEX, copy)
+    return copy
+
+
+SAME = ("weights_nbytes", "pinned_nbytes", "placement", "pieces", "experts", "kv_nbytes_per_token", "passes", "dtype")
+
+
+@ONE_LOOP
+@pytest.mark.parametrize("index", [True, False], ids=["index", "config alone"])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_model_that_is_not_here_is_planned_like_one_that_is(
+    folders: dict[str, Path], tmp_path: Path, kind: str, index: bool
+) -> None:  # fmt: skip
+    real = (await look(RuntimeConfig.of(folders[kind], WHOLE))).plan
+    copy = described(folders[kind], tmp_path, index)
+    plan = (await look(RuntimeConfig.of(copy, WHOLE))).plan
+    for name in SAME:
+        assert getattr(plan, name) == getattr(real, name), name
+    assert plan.predicted is not None and plan.predicted.speeds[0].tokens_per_second > 0
+    assert sorted(path.name for path in copy.iterdir()) == sorted(["config.json", *([INDEX] if index else [])])  # no probe left
+    with pytest.raises(ModelError):
+        async with Runtime.open(copy, **WHOLE):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"dtype": "float8"}, "float8"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"model_type": "nothing"}, "nothing"),
+    ],
+)  # fmt: skip
+async def test_a_description_that_describes_nothing(folder: Path, tmp_path: Path, change: Mapping[str, Any], says: str) -> None:
+    copy = described(folder, tmp_path, index=True)
+    tiny.edit(copy, lambda config: config.update(change))
+    with pytest.raises(ModelError, match=says):
+        await plan(copy)
+
+
+async def test_an_index_that_names_nothing(folder: Path, tmp_path: Path) -> None:
+    copy = described(folder, tmp_path, index=True)
+    (copy / INDEX).write_text("{}")
+    with pytest.raises(ModelError, match="weight_map"):
+        await plan(copy)
+
+
+@ONE_LOOP
+async def test_a_model_for_transformers_that_is_not_here(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 64}))
+    found = await plan(tmp_path)
+    assert (found.backend, found.predicted) == ("transformers-generic", None)
+    assert found.weights_nbytes > 0
+
+
+@ONE_LOOP
+async def test_headers_of_126_layers_are_enough(tmp_path: Path) -> None:
+    """810 GB of weights, of which there is nothing but the headers: the files have holes in their place."""
+    nbytes = big(tmp_path)
+    choice = await look(RuntimeConfig.of(tmp_path, {"memory": "16GiB", "max_context_tokens": 4096}))
+    plan = choice.plan
+    assert plan.weights_nbytes == pytest.approx(nbytes, rel=0.01)
+    assert len(plan.placement) == 252 + sum(label.startswith("head") for label in plan.pieces)
+    assert plan.predicted is not None and plan.predicted.drive_bytes_per_second is not None
+    one = plan.predicted.speeds[0]
+    assert one.bytes_per_pass == plan.streamed_nbytes_per_pass
+    assert one.seconds_per_pass >= one.bytes_per_pass / plan.predicted.drive_bytes_per_second
+
+
+def big(folder: Path) -> int:
+    """Shards with the headers of Llama-3.1-405B and holes for its weights; returns their bytes."""
+    hidden, wide, layers, vocabulary = 16_384, 53_248, 126, 128_256
+    sizes = dict(
+        model_type="llama", hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers, num_attention_heads=128,
+        num_key_value_heads=8, vocab_size=vocabulary, max_position_embeddings=131_072, dtype="bfloat16",
+    )  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(sizes))
+    shapes = {
+        "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,), "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (1024, hidden), "self_attn.v_proj": (1024, hidden), "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (wide, hidden), "mlp.up_proj": (wide, hidden), "mlp.down_proj": (hidden, wide),
+    }  # fmt: skip
+    shards: list[dict[str, tuple[int, ...]]] = [{"model.embed_tokens.weight": (vocabulary, hidden)}]
+    shards += [{f"model.layers.{layer}.{name}.weight": shape for name, shape in shapes.items()} for layer in range(layers)]
+    shards.append({"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)})
+    picks, total = {}, 0
+    for number, tensors in enumerate(shards):
+        header, end = {}, 0
+        for name, shape in tensors.items():
+            begin, end = end, end + 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+            picks[name] = f"part-{number}.safetensors"
+        text = json.dumps(header).encode()
+        with (folder / f"part-{number}.safetensors").open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + end)
+        total += end
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": picks}))
+    return total
+
+
+class Noting(ThreadsDisk):
+    """A disk that remembers what was read."""
+
+    def __init__(self, port: Port) -> None:
+        super().__init__(port)
+        self.extents: list[Extent] = []
+
+    async def read_into(self, extents: Sequence[Extent], buffers: Sequence[memoryview], priority: Priority = Priority.SOON) -> Span:
+        self.extents += extents
+        return await super().read_into(extents, buffers, priority)
+
+
+async def test_choosing_reads_headers_and_nothing_else(folder: Path) -> None:
+    async with Port() as port:
+        disk = Noting(port)
+        choice = await choose(RuntimeConfig.of(folder, WHOLE), folder, disk, "as given")
+        await disk.aclose()
+    assert choice.found is not None
+    data = {entry.extent.file: entry.extent.offset for entry in choice.found.checkpoint.tensors.values()}
+    for entry in choice.found.checkpoint.tensors.values():
+        data[entry.extent.file] = min(data[entry.extent.file], entry.extent.offset)
+    assert {extent.file for extent in disk.extents} >= set(data)
+    assert all(extent.end <= data.get(extent.file, extent.end) for extent in disk.extents)
+
+
+@ONE_LOOP
+@pytest.mark.parametrize(
+    ("room", "fields", "named"),
+    [
+        (0, {}, {"memory"}),
+        (300, {"max_context_tokens": 1 << 21}, {"memory", "max_context_tokens"}),
+        (120, {"max_context_tokens": 64, "max_concurrent_requests": 4096}, {"memory", "max_concurrent_requests"}),
+    ],
+)
+async def test_what_does_not_fit_says_the_smallest_changes_that_do(
+    folder: Path, room: int, fields: dict[str, Any], named: set[str]
+) -> None:  # fmt: skip
+    """`room`: MiB beyond what this process has already."""
+    fields = {"kv_cache_strategy": "resident", "memory": psutil.Process().memory_info().rss + (room << 20), **fields}
+    with pytest.raises(MemoryBudgetError, match="it would fit with memory=") as raised:
+        await plan(folder, **fields)
+    changes = raised.value.changes
+    assert named <= changes.keys()
+    grown = 16 << 20  # by which the process may grow between two attempts
+    for name, value in changes.items():
+        more = grown if name == "memory" else 0
+        await plan(folder, **{**fields, "memory": fields["memory"] + grown, name: value + more})
+    with pytest.raises(MemoryBudgetError):
+        await plan(folder, **fields | {"memory": changes["memory"] - grown})
+
+
+async def test_opening_says_it_too(folder: Path) -> None:
+    with pytest.raises(MemoryBudgetError, match="it would fit with memory="):
+        async with Runtime.open(folder, memory="200MiB"):
+            pass
+
+
+EVEN = {1: 1.0, 8: 2.0, 128: 32.0}
+
+
+@pytest.mark.parametrize(("rows", "seconds"), [(1, 1.0), (4, 1 + 3 / 7), (8, 2.0), (68, 17.0), (128, 32.0), (256, 64.0), (512, 128.0)])
+def test_between_and_beyond_the_rows_that_were_tried(rows: int, seconds: float) -> None:
+    assert at(EVEN, rows) == pytest.approx(seconds)
+
+
+NOTHING = dict.fromkeys(EVEN, 0.0)
+
+
+def forecast(choice: Choice, drive: float | None, **changes: Any) -> Forecast:
+    """Of a model whose rows take a second for one and two for eight, and whose attention takes nothing."""
+    assert choice.found is not None
+    return Forecast(replace(choice.plan, **changes), choice.found.family, Pace(EVEN, NOTHING, NOTHING, ()), drive, 100.0)
+
+
+@ONE_LOOP
+async def test_a_pass_takes_the_longer_of_reading_and_computing(folder: Path) -> None:
+    choice = await look(RuntimeConfig.of(folder, WHOLE))
+    sizes = {"streamed_nbytes_per_pass": 6_000, "kv_tokens": 100, "kv_nbytes_per_token": 10, "max_rows": 64, "chunk_rows": 64}
+    slow, fast = forecast(choice, 2_000.0, **sizes), forecast(choice, 60_000.0, **sizes)
+    assert slow.decode(1, 50).seconds_per_pass == pytest.approx(3 + HOPS_S)
+    assert (slow.decode(1, 50).limiter, slow.decode(1, 50).bytes_per_pass) == ("disk", 6_000)
+    assert slow.decode(8, 50).tokens_per_second == pytest.approx(8 / (3 + HOPS_S))
+    assert fast.decode(8, 50).seconds_per_pass == pytest.approx(2 + HOPS_S)
+    assert fast.decode(8, 50).limiter == "memory"
+    assert forecast(choice, None, **sizes).decode(1, 50).seconds_per_pass == pytest.approx(1 + HOPS_S)
+    on_disk = forecast(choice, 2_000.0, **sizes, kv_cache_strategy="paged")
+    assert on_disk.decode(2, 150).bytes_per_pass == 6_000 + (300 - 100) * 10
+    assert fast.first_token(128) == pytest.approx(2 * at(EVEN, 64) + HOPS_S)
+    assert slow.first_token(64) == pytest.approx(at(EVEN, 64) + HOPS_S) and slow.first_token(1) == pytest.approx(3 + HOPS_S)
+    first, last = slow.answer(10, 5, 2)
+    assert last - first == pytest.approx(4 * slow.decode(2, 12).seconds_per_pass)
+
+
+@ONE_LOOP
+async def test_experts_take_turns_with_computing(folders: dict[str, Path]) -> None:
+    choice = await look(RuntimeConfig.of(folders["mixtral"], WHOLE))  # three layers of eight experts, two of which a row takes
+    found = forecast(choice, 150.0, streamed_nbytes_per_pass=0, expert_slots=6)
+    assert found.decode(1, 10).bytes_per_pass == 3 * 2 * 100 * 3 // 4  # a quarter of them are in memory
+    assert found.decode(1, 10).seconds_per_pass == pytest.approx(1 + 450 / 150 + HOPS_S)
+    assert found.decode(8, 10).bytes_per_pass == pytest.approx(3 * 8 * (1 - 0.75**8) * 75, abs=1)
+
+
+@ONE_LOOP
+async def test_memory_grows_with_what_rides(folder: Path) -> None:
+    found = forecast(await look(RuntimeConfig.of(folder, WHOLE)), None)
+    plan, little, much = found.plan, found.peak_nbytes(1, 16), found.peak_nbytes(16, 128)
+    assert little < much <= sum(plan.ledger.values())
+    assert little > sum(plan.ledger.values()) - plan.ledger["kv"] - plan.ledger["activations"]
+
+
+async def test_an_answer_says_what_was_foretold_of_it(folder: Path) -> None:
+    async with Runtime.open(folder, **WHOLE) as runtime:
+        done = await runtime.generate(tiny.prompt(20), max_new_tokens=8)
+    assert runtime.plan.predicted is not None
+    assert done.profile is not None
+    for told in ("predicted", "achieved"):
+        found = done.profile[told]
+        assert 0 < found["first_token_seconds"] < found["seconds"]
+        assert found["tokens_per_second"] == pytest.approx(7 / (found["seconds"] - found["first_token_seconds"]))
+
+
+async def test_one_token_has_no_rate(folder: Path) -> None:
+    async with Runtime.open(folder, **WHOLE) as runtime:
+        done = await runtime.generate(tiny.prompt(20), max_new_tokens=1)
+    assert done.profile is not None and done.profile["predicted"]["tokens_per_second"] is None
+
+
+def test_a_plan_is_json(folder: Path) -> None:
+    planned = anyio.run(lambda: plan(folder, **WHOLE))
+    found = json.loads(json.dumps(planned.as_dict()))
+    assert found["predicted"]["peak_nbytes"] <= sum(planned.ledger.values()) <= planned.memory
+    assert {speed["requests"] for speed in found["predicted"]["speeds"]} == {1, 16}
+    assert [first["prompt_tokens"] for first in found["predicted"]["first_tokens"]] == [32, 127]
