@@ -4,7 +4,7 @@
 PYTHON ?= python3
 READY := .venv/.installed
 
-.PHONY: demo test lint soak bench clean
+.PHONY: demo test lint docs soak bench clean
 
 demo: $(READY)
 	@.venv/bin/aollm demo
@@ -16,6 +16,9 @@ lint: $(READY)
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check
 	@.venv/bin/mypy
+
+docs: $(READY)
+	@.venv/bin/mkdocs build --strict
 
 soak: $(READY)
 	@.venv/bin/python -m pytest -q -m soak --timeout=3600

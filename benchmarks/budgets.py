@@ -19,7 +19,7 @@ import psutil
 from cap import MemoryCap
 
 from aollm.bench.machine import machine_card
-from aollm.settings import nbytes
+from aollm.values import nbytes
 
 SAMPLE_S = 0.02
 GIB = 2**30
