@@ -10,8 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .client import RuntimeClient, Tokens
     from .disk.memory import MemoryDisk
     from .errors import AollmError, CheckpointError, ConfigError, DiskError, MemoryBudgetError, ModelError, RequestError, StoreError
+    from .inference import AutoInference, DiskCache, Inference, TextStreamer, file_get_contents
+    from .planning import plan
     from .request import Token
     from .runtime import Runtime
     from .session import Session
@@ -35,7 +38,10 @@ _HOMES = {
         "RequestError",
         "StoreError",
     ),
+    "client": ("RuntimeClient", "Tokens"),
     "disk.memory": ("MemoryDisk",),
+    "inference": ("AutoInference", "DiskCache", "Inference", "TextStreamer", "file_get_contents"),
+    "planning": ("plan",),
     "request": ("Token",),
     "runtime": ("Runtime",),
     "session": ("Session",),
@@ -44,8 +50,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "AollmError", "CheckpointError", "Completion", "ConfigError", "DiskError", "GenerationConfig", "MemoryBudgetError", "MemoryDisk",
-    "ModelError", "RequestError", "Runtime", "RuntimeConfig", "Session", "StoreError", "Token", "TokenStream",
+    "AollmError", "AutoInference", "CheckpointError", "Completion", "ConfigError", "DiskCache", "DiskError", "GenerationConfig",
+    "Inference", "MemoryBudgetError", "MemoryDisk", "ModelError", "RequestError", "Runtime", "RuntimeClient", "RuntimeConfig",
+    "Session", "StoreError", "TextStreamer", "Token", "TokenStream", "Tokens", "file_get_contents", "plan",
 ]  # fmt: skip
 
 

@@ -44,6 +44,8 @@ def anyio_backend() -> str:
         ("adapter", [], r"(?s)(the model alone|garbler): Once upon a time.*(garbler|the model alone): Once upon a time"),
         ("cancel", [], r"(?s)left the loop: the request is gone: <Engine 0 riding.*timed out: .* 0 riding.*task cancelled: .* 0 riding"),
         ("trio_app", [], r"(?s)Once upon a time.*[1-9]\d* ticks meanwhile, the latest [\d.]+ ms late"),
+        ("from_ollm", [], r"(?s)^(Once upon a time.*?)\n\nonce more, from the ids: \1\n$"),
+        ("profile_request", [], r"(?s)24 tokens after 4.*compute +[1-9].*stall +[1-9].*read [1-9].* MB.*limited by \w+; \d+%.*achieved: "),
         ("trace_a_token", ["demo", "a.json"], r"(?s)at ms.*stall.*compute.*layer 0.*safetensor_pread.*bytes read, .*saved a\.json"),
         (
             "long_context",
