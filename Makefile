@@ -10,7 +10,7 @@ demo: $(READY)
 	@.venv/bin/aollm demo
 
 test: $(READY)
-	@.venv/bin/python -m pytest -q
+	@.venv/bin/python -m pytest -q -n auto --dist loadfile
 
 lint: $(READY)
 	@.venv/bin/ruff check

@@ -22,7 +22,7 @@ from .berths import Berths
 from .blueprint import weights_of
 from .buffers import Arena, Ring
 from .checkpoint import Checkpoint, read_json
-from .compute import Compute
+from .compute import FOREIGN, Compute
 from .disk.base import Disk
 from .embedding import Embedding
 from .engine import Engine, Limits
@@ -117,7 +117,10 @@ async def open_native(means: Means, found: Survey, cleanup: AsyncExitStack) -> T
     if berths is not None:
         cleanup.callback(berths.forget)
     drive = await drive_speed(disk, found.streamed, weights.ring if weights.streamed else Ring(2 * CHUNK)) if found.streamed else None
-    forecast: Forecast = await compute.run(foretell, plan, family, found.pieces, found.experts, drive)
+    try:
+        forecast: Forecast | None = await compute.run(foretell, plan, family, found.pieces, found.experts, drive)
+    except FOREIGN:
+        forecast = None  # a step that cannot be run does not hold what is checked below
     await weights.pin()
     norm = await compute.run(device.put, await _read_norm(family, found.checkpoint, disk))
     await compute.run(found.adapters.place, device.put)
@@ -128,7 +131,7 @@ async def open_native(means: Means, found: Survey, cleanup: AsyncExitStack) -> T
     model = Model(family, weights, experts, norm, cache, found.adapters, plan.chunk_rows, trace, means.port.post, device, berths)
     towers = Towers(found.tower_pieces, plan.tower_kept_nbytes, disk, compute, trace, device)
     cleanup.callback(towers.forget)
-    plan = replace(plan, predicted=forecast.prediction())
+    plan = replace(plan, predicted=None if forecast is None else forecast.prediction())
     plan = await validated(Assembled(config, plan, model, found.tower, found.tower_pieces, found.checkpoint, disk, compute))
     limits = Limits(plan.max_rows, plan.max_concurrent_requests, plan.max_answers, plan.max_context_tokens)
     engine = Engine(model, embedding, towers, compute, limits)

@@ -1,4 +1,5 @@
-"""What every test gets: both event loops, and a failure when a test blocks its loop. Knows nothing of aollm."""
+"""What every test gets: both event loops, a failure when a test blocks its loop, and, where several processes share the tests, a
+core for each. Knows nothing of aollm."""
 
 import functools
 import inspect
@@ -10,6 +11,10 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any
+
+if sys.platform == "linux" and (worker := os.environ.get("PYTEST_XDIST_WORKER")):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})  # before torch counts them: tiny models need no more
 
 import anyio.lowlevel
 import pytest

@@ -59,7 +59,7 @@ def test_a_query_that_sees_nothing_of_the_first_two_parts() -> None:
     torch.testing.assert_close(found, plain(q, k, v, 22, 0.7, 3), rtol=1e-4, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_any_cut_in_any_order_is_plain_attention(data: st.DataObject) -> None:
     block = data.draw(st.sampled_from([1, 2, 4, 7, 16]), "block")
@@ -128,7 +128,7 @@ def layouts(draw: st.DrawFn) -> tuple[int, int, list[tuple[int, int]]]:
     return start, rows, spans
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_spans_and_sinks_under_any_cut_and_order(data: st.DataObject) -> None:
     block = data.draw(st.sampled_from([3, 4, 7, 16]), "block")

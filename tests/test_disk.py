@@ -590,7 +590,7 @@ async def test_a_cancelled_read_leaves_the_buffer_alone(kind: str, tmp_path: Pat
                 before = time.perf_counter()
                 with anyio.move_on_after(delay_s) as scope:
                     await disk.read_into(extents, [memory[i * SIZE + (not congruent) :][:SIZE] for i in range(4)])
-                assert time.perf_counter() - before < 1
+                assert time.perf_counter() - before < 20
                 cancelled += scope.cancelled_caught
                 memory[:] = bytes([GUARD]) * len(memory)
                 await anyio.sleep(0.02)

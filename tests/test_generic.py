@@ -256,7 +256,7 @@ def prompt(length: int = 20, seed: int = 0) -> list[int]:
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    with anyio.fail_after(5):
+    with anyio.fail_after(30):
         while not holds():  # noqa: ASYNC110  nothing tells of it
             await anyio.sleep(0.002)
 

@@ -66,7 +66,7 @@ async def ids_of(runtime: Runtime, prompt: Any, count: int = tiny.COUNT, **field
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    with anyio.fail_after(5):
+    with anyio.fail_after(30):
         while not holds():  # noqa: ASYNC110  nothing tells of it
             await anyio.sleep(0.005)
 

@@ -140,7 +140,7 @@ def test_layout_against_the_extents_in_use(row: Row) -> None:
         pass
 
     Machine.row = row
-    run_state_machine_as_test(Machine, settings=settings(max_examples=150, stateful_step_count=50, deadline=None))
+    run_state_machine_as_test(Machine, settings=settings(max_examples=80, stateful_step_count=50, deadline=None))
 
 
 @every_layout

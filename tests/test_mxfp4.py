@@ -212,12 +212,9 @@ def test_compiles_once_and_never_at_import(tmp_path: Path) -> None:
     assert fresh(tmp_path) == 1
 
 
-def test_without_wide_registers(tmp_path: Path) -> None:
-    assert fresh(tmp_path, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="") == 0
-
-
-def test_where_no_cache_can_be_written(tmp_path: Path) -> None:
+def test_without_wide_registers_and_where_no_cache_can_be_written(tmp_path: Path) -> None:
+    """Both at once, for each would compile anew."""
     (tmp_path / "file").touch()
     where = {"NUMBA_CACHE_DIR": str(tmp_path / "file" / "below"), "NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator"}
-    assert fresh(tmp_path, **where) == 0
+    assert fresh(tmp_path, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="", **where) == 0
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]

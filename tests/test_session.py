@@ -62,7 +62,7 @@ async def at_once(runtime: Runtime, messages: list[dict[str, Any]], count: int =
 
 
 async def until_empty(runtime: Runtime) -> None:
-    with anyio.fail_after(5):
+    with anyio.fail_after(30):
         while runtime.cache.pool.reserved or runtime.cache.pool.all_rows:  # noqa: ASYNC110  nothing tells of it
             await anyio.sleep(0.005)
 

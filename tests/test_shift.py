@@ -43,7 +43,7 @@ async def ids_of(runtime: Runtime, prompt: list[int], count: int, **fields: Any)
 
 
 async def settled(runtime: Runtime) -> None:
-    with anyio.fail_after(5):
+    with anyio.fail_after(30):
         while runtime.engine.riders or runtime.cache.pool.reserved or runtime.cache.pool.all_rows:  # noqa: ASYNC110  nothing tells of it
             await anyio.sleep(0.005)
 

@@ -47,8 +47,15 @@ DISKS: dict[str, Callable[[Port], Disk]] = {
     "memory": lambda port: MemoryDisk(),
 }
 ON_DISK = [name for name, preset in PRESETS.items() if preset.layout is not None]
+NO_URING = pytest.mark.skipif(probe() is not None, reason=f"{probe()}")
 on_disks = pytest.mark.parametrize(
-    "disk", [pytest.param(name, marks=pytest.mark.skipif(name == "uring" and probe() is not None, reason=f"{probe()}")) for name in DISKS]
+    ("anyio_backend", "disk"),
+    [
+        *(pytest.param("asyncio", name, marks=NO_URING if name == "uring" else ()) for name in DISKS),
+        ("trio", "threads"),
+        ("trio", "memory"),  # the other disks are tried on trio by their own tests
+    ],
+    scope="module",
 )
 
 

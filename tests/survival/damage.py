@@ -47,15 +47,16 @@ def boundaries(log: bytes) -> list[int]:
     return at
 
 
-def tails(folder: Path, kind: Kind) -> dict[str, object]:
-    """The manifest cut at every byte of every header, and every 512 bytes between: what is before the cut is there."""
+def tails(folder: Path, kind: Kind, begin: int = 0, step: int = 1) -> dict[str, object]:
+    """The manifest cut at every byte of every header, and every 512 bytes between: what is before the cut is there. Of these
+    cuts, every `step`th from number `begin` on."""
     root = folder / "cut"
     volume, _ = build(root, kind)
     log = (volume / "manifest").read_bytes()
     starts, said, trials = boundaries(log), list[str](), 0
     expected: dict[int, set[bytes]] = {}
     cuts = {at for start in starts[:-1] for at in range(start, start + HEADER_NBYTES + 1)} | set(range(0, len(log), SECTOR))
-    for at in sorted(cut for cut in cuts if cut < len(log)):
+    for at in sorted(cut for cut in cuts if cut < len(log))[begin::step]:
         whole = max(start for start in starts if start <= at)
         if whole not in expected:
             expected[whole] = set(parse(log[:whole], str(volume)).nodes)
@@ -79,9 +80,10 @@ def tails(folder: Path, kind: Kind) -> dict[str, object]:
     return {"trials": trials, "failures": said}
 
 
-def log_flips(folder: Path, kind: Kind, seed: int, payload: int = 4) -> dict[str, object]:
-    """A bit of the manifest flipped: in every byte of every header, and in `payload` random bytes of every record."""
-    root, draw = folder / f"flipped-{seed}", random.Random(seed)
+def log_flips(folder: Path, kind: Kind, seed: int, payload: int = 4, begin: int = 0, step: int = 1) -> dict[str, object]:
+    """A bit of the manifest flipped: in every byte of every header, and in `payload` random bytes of every record. Of the
+    records, every `step`th from number `begin` on."""
+    root, draw = folder / f"flipped-{seed}", random.Random(seed * step + begin)
     volume, _ = build(root, kind)
     log = (volume / "manifest").read_bytes()
     opened = _open(root, kind)
@@ -89,7 +91,7 @@ def log_flips(folder: Path, kind: Kind, seed: int, payload: int = 4) -> dict[str
     opened.close()
     ever = _ever(log, str(volume))
     starts, said, trials = boundaries(log), list[str](), 0
-    for start, end in itertools.pairwise(starts):
+    for start, end in itertools.islice(itertools.pairwise(starts), begin, None, step):
         body = range(start + HEADER_NBYTES, end)
         for at in (*range(start, start + HEADER_NBYTES), *(draw.choice(body) for _ in range(payload if body else 0))):
             with _copied(root, folder / f"trial-{seed}") as copy:

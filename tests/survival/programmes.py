@@ -1,8 +1,10 @@
-"""What is tried, how often, in a run for every change and in a long one: a table, and the two lanes that work through it."""
+"""What is tried, how often, in a run for every change and in a long one: a table, and the lanes that work through it."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,67 +19,78 @@ from .damage import log_flips, record_flips, tails
 from .failures import failures, shorts
 from .full import full
 from .kills import kills, together
-from .mutants import caught
+from .mutants import MUTANTS, caught
 from .opening import Kind
 from .power import broken_flushes, cuts
 
-Job = Callable[[], dict[str, Any]]
+Job = Callable[[Path], dict[str, Any]]
+"""What is done in a folder of its own."""
 LANES = max(1, min(8, len(os.sched_getaffinity(0))))
+PARTS = 4
+"""Into how many jobs one is cut that would keep a lane busy when the others are done."""
 KINDS = [Kind(name) for name, preset in PRESETS.items() if preset.layout is not None]
 CHUNKED, JOURNAL = Kind("chunked"), Kind("log-structured-journal")
 PORTABLE = [Kind(kind.preset, "portable") for kind in KINDS]
 
 
-def _crashes(folder: Path, lane: int, seed: int, soak: bool) -> list[Job]:
-    return [partial(crashes, _own(folder, lane), kind, first=1 + lane, step=LANES, real=1 if soak else 12) for kind in KINDS]
+def _crashes(seed: int, soak: bool) -> list[Job]:
+    real = 1 if soak else 12
+    return [partial(crashes, kind=kind, first=1 + part, step=PARTS, real=real) for kind in KINDS for part in range(PARTS)]
 
 
-def _kills(folder: Path, lane: int, seed: int, soak: bool) -> list[Job]:
+def _kills(seed: int, soak: bool) -> list[Job]:
     kinds = [*KINDS, PORTABLE[0]]
-    count = -(-(100_000 if soak else 2_000) // (len(kinds) * LANES))
-    return [partial(kills, _own(folder, lane), kind, count, seed * LANES + lane) for kind in kinds]
+    stores = PARTS if soak else 2  # few, for each lives on from kill to kill
+    count = -(-(100_000 if soak else 1_000) // (len(kinds) * stores))
+    return [partial(kills, kind=kind, count=count, seed=seed * stores + store) for kind in kinds for store in range(stores)]
 
 
-def _together(folder: Path, lane: int, seed: int, soak: bool) -> list[Job]:
-    return [partial(together, folder, kind, 400 if soak else 20, seed) for kind in KINDS[lane::LANES]]
+def _together(seed: int, soak: bool) -> list[Job]:
+    return [partial(together, kind=kind, count=400 if soak else 20, seed=seed) for kind in KINDS]
 
 
-def _failures(folder: Path, lane: int, seed: int, soak: bool) -> list[Job]:
-    own = _own(folder, lane)
-    step = LANES if soak else 3 * LANES
-    every = [partial(failures, own, kind, soak, 1 + lane * step // LANES, step) for kind in KINDS]
-    return [*every, *(partial(shorts, own, kind) for kind in KINDS[lane::LANES])]
+def _failures(seed: int, soak: bool) -> list[Job]:
+    step = PARTS if soak else 3 * PARTS
+    every: list[Job] = [
+        partial(failures, kind=kind, everything=soak, first=1 + part * step // PARTS, step=step) for kind in KINDS for part in range(PARTS)
+    ]
+    return [*every, *(partial(shorts, kind=kind) for kind in KINDS)]
 
 
-def _power(folder: Path, lane: int, seed: int, soak: bool) -> list[Job]:
-    own = _own(folder, lane)
-    step, fates = (LANES, 4) if soak else (3 * LANES, 1)
-    every = [partial(cuts, own, kind, 1 + lane * step // LANES, step, fates) for kind in KINDS]
-    return [*every, *(partial(broken_flushes, own, kind, 1 + lane, LANES) for kind in (KINDS if soak else [CHUNKED, JOURNAL]))]
+def _power(seed: int, soak: bool) -> list[Job]:
+    step, fates = (PARTS, 4) if soak else (3 * PARTS, 1)
+    every: list[Job] = [
+        partial(cuts, kind=kind, first=1 + part * step // PARTS, step=step, fates=fates) for kind in KINDS for part in range(PARTS)
+    ]
+    broken = KINDS if soak else [CHUNKED, JOURNAL]
+    return [*every, *(partial(broken_flushes, kind=kind, first=1 + part, step=PARTS) for kind in broken for part in range(PARTS))]
 
 
-def _tails(folder: Path, lane: int, seed: int, soak: bool) -> list[Job]:
-    return [partial(tails, _own(folder, lane), kind) for kind in (KINDS if soak else [CHUNKED])[lane::LANES]]
+def _tails(seed: int, soak: bool) -> list[Job]:
+    return [partial(tails, kind=kind, begin=part, step=PARTS) for kind in (KINDS if soak else [CHUNKED]) for part in range(PARTS)]
 
 
-def _flips(folder: Path, lane: int, seed: int, soak: bool) -> list[Job]:
-    own = _own(folder, lane)
-    more = 20 if soak else 1
-    logs = [partial(log_flips, own, kind, seed + turn) for kind in (KINDS if soak else [JOURNAL]) for turn in range(more)]
-    records = [partial(record_flips, own, kind, seed + turn) for kind in KINDS for turn in range(more)]
-    return [*logs[lane::LANES], *records[lane::LANES]]
+def _flips(seed: int, soak: bool) -> list[Job]:
+    turns = range(20 if soak else 1)
+    logs: list[Job] = [
+        partial(log_flips, kind=kind, seed=seed + turn, begin=part, step=PARTS)
+        for kind in (KINDS if soak else [JOURNAL])
+        for turn in turns
+        for part in range(PARTS)
+    ]
+    return [*logs, *(partial(record_flips, kind=kind, seed=seed + turn) for kind in KINDS for turn in turns)]
 
 
-def _full(folder: Path, lane: int, seed: int, soak: bool) -> list[Job]:
-    sizes = list(range(16, 1040, 16)) if soak else list(range(48, 560, 64))
-    return [partial(full, _own(folder, lane), kind, sizes[lane::LANES]) for kind in (KINDS if soak else [CHUNKED, JOURNAL])]
+def _full(seed: int, soak: bool) -> list[Job]:
+    sizes = range(16, 1040, 16) if soak else range(48, 560, 64)
+    return [partial(full, kind=kind, sizes=[size]) for kind in (KINDS if soak else [CHUNKED, JOURNAL]) for size in sizes]
 
 
-def _mutants(folder: Path, lane: int, seed: int, soak: bool) -> list[Job]:
-    return [partial(caught, folder, lane, LANES)]
+def _mutants(seed: int, soak: bool) -> list[Job]:
+    return [partial(caught, mutant=mutant) for mutant in MUTANTS]
 
 
-PROGRAMMES: dict[str, Callable[[Path, int, int, bool], list[Job]]] = {
+PROGRAMMES: dict[str, Callable[[int, bool], list[Job]]] = {
     "crashes": _crashes,
     "kills": _kills,
     "together": _together,
@@ -88,23 +101,35 @@ PROGRAMMES: dict[str, Callable[[Path, int, int, bool], list[Job]]] = {
     "full": _full,
     "mutants": _mutants,
 }
+ON_A_DRIVE = {"kills", "together"}
+"""Those in which it matters how long a drive takes, so that every other store is on one. To the others a drive would only add
+time: what ends, fails or is lost is said by the trial."""
+MEMORY, ROOM = Path("/dev/shm"), 1 << 30
+"""A folder in memory, and the bytes that have to be free there."""
 
 
 def run(name: str, folder: Path, seed: int, soak: bool) -> dict[str, Any]:
-    """Trials and failures of one programme, its jobs dealt out to as many lanes as there are processors."""
-    start = monotonic()
+    """Trials and failures of one programme. There are as many lanes as processors, and each takes the next job when it has none."""
+    roomy = os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= ROOM
+    with tempfile.TemporaryDirectory(dir=MEMORY if roomy else folder) as memory:
+        start, jobs = monotonic(), PROGRAMMES[name](seed, soak)
+        places = (folder if name in ON_A_DRIVE else Path(memory), Path(memory))
+        reads, writes = os.pipe()
+        os.write(writes, b"".join(number.to_bytes(2, "big") for number in range(len(jobs))))
+        os.close(writes)
 
-    def lane(number: int) -> list[dict[str, Any]]:
-        return [job() for job in PROGRAMMES[name](folder, number, seed, soak)]
+        def lane() -> list[dict[str, Any]]:
+            results = []
+            while taken := os.read(reads, 2):
+                number = int.from_bytes(taken, "big")
+                own = places[number % 2] / f"{name}-{number}"
+                own.mkdir()
+                results.append(jobs[number](own))
+            return results
 
-    results = [result for results in nursery.beside([partial(lane, number) for number in range(LANES)]) for result in results]
+        results = [result for results in nursery.beside([lane] * LANES) for result in results]
+        os.close(reads)
     failed = [text for result in results for text in result["failures"]]
     noticed = {name: by for result in results for name, by in result.get("noticed", {}).items()}
     trials = sum(result["trials"] for result in results)
     return {"trials": trials, "failures": failed, "seconds": round(monotonic() - start, 1), **({"noticed": noticed} if noticed else {})}
-
-
-def _own(folder: Path, lane: int) -> Path:
-    own = folder / f"lane-{lane}"
-    own.mkdir(exist_ok=True)
-    return own

@@ -9,21 +9,50 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 COUNTS = Path(__file__).parents[2] / ".bench" / "survival"
 NAMES = ("crashes", "kills", "together", "failures", "power", "tails", "flips", "mutants")
+FULL = pytest.param("full", marks=pytest.mark.needs_root)
+Survive = Callable[..., None]
 
 
-def survive(name: str, folder: Path, *options: str) -> None:
-    """Run one programme in a process of its own, which has no threads when it forks."""
+@pytest.fixture(scope="module")
+def survive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Survive]:
+    """Runs a programme, in a process that has no threads when it forks; one process for all that have the same options."""
+    folder = tmp_path_factory.mktemp("survival")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "survival", name, *options]
-    ended = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
-    assert ended.stdout, ended.stderr[-4000:]
-    result = json.loads(ended.stdout)[name]
+    running: dict[tuple[str, ...], subprocess.Popen[str]] = {}
+
+    def run(name: str, *options: str) -> None:
+        if options not in running:
+            command = [sys.executable, "-m", "survival", "--asked", *options]
+            running[options] = subprocess.Popen(
+                command, env=environment, cwd=folder, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said
+            )
+        process = running[options]
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(f"{name}\n")
+        process.stdin.flush()
+        while name not in (told := json.loads(process.stdout.readline() or "null") or {name: None}):
+            pass  # what another test did not wait for
+        said.seek(0)
+        assert told[name], said.read()[-4000:]
+        keep(name, options, told[name])
+
+    with tempfile.TemporaryFile("w+") as said:
+        yield run
+        for process in running.values():
+            process.communicate()
+            assert process.returncode == 0
+
+
+def keep(name: str, options: tuple[str, ...], result: dict[str, Any]) -> None:
     assert not result["failures"], "\n".join(result["failures"][:20])
     assert result["trials"]
     COUNTS.mkdir(parents=True, exist_ok=True)
@@ -32,17 +61,12 @@ def survive(name: str, folder: Path, *options: str) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", NAMES)
-def test_a_store_survives(name: str, tmp_path: Path) -> None:
-    survive(name, tmp_path)
-
-
-@pytest.mark.needs_root
-def test_a_store_survives_a_full_filesystem(tmp_path: Path) -> None:
-    survive("full", tmp_path)
+@pytest.mark.parametrize("name", [*NAMES, FULL])
+def test_a_store_survives(survive: Survive, name: str) -> None:
+    survive(name)
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", [*NAMES, pytest.param("full", marks=pytest.mark.needs_root)])
-def test_a_store_survives_all_of_it(name: str, tmp_path: Path) -> None:
-    survive(name, tmp_path, "--soak")
+@pytest.mark.parametrize("name", [*NAMES, FULL])
+def test_a_store_survives_all_of_it(survive: Survive, name: str) -> None:
+    survive(name, "--soak")
