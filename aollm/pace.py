@@ -25,14 +25,13 @@ from .maths.layers import linear
 from .mixing import Fetch, mix
 from .piece import LINE, Param, Piece
 
-ROWS = (1, 8, 128)
-"""Rows that are tried; what lies between is interpolated, what lies above goes on as steeply as from 0."""
 SAMPLE_NBYTES = 128 << 20
 """Memory for weights that are tried: more than caches hold, so that they come from memory as a pass's do. One weight has half
 of it with one row, and less with more, which take longer and read less."""
 TILE = 1 << 19
 """Random numbers that are made; the sample repeats them."""
-TIMES = 3
+TIMES = {1: 3, 8: 3, 128: 1}
+"""Rows that are tried, and how often. What lies between is interpolated, what lies above goes on as steeply as from 0."""
 
 Curve = Mapping[int, float]
 """Seconds by rows."""
@@ -82,7 +81,7 @@ def measure(family: Family, pieces: Sequence[Piece], experts: Mapping[Key, Piece
     trial = Trial(family, experts, Sample(min(most_nbytes, 2 * whole)))
     kinds = _kinds(pieces)
     steps, head, block = dict[int, float](), dict[int, float](), dict[int, float]()
-    for rows in ROWS:
+    for rows in TIMES:
         steps[rows] = sum(count * trial.step_s(piece, rows) for piece, count in kinds if piece.step is not None)
         head[rows] = sum(count * trial.head_s(piece, rows) for piece, count in kinds if piece.step is None)
         block[rows] = trial.block_s(rows)
@@ -95,6 +94,7 @@ class Sample:
     def __init__(self, nbytes: int) -> None:
         self.arena = Arena(max(nbytes, 1 << 20), huge=False)
         self.most = self.arena.nbytes
+        """Bytes of one weight that a product reads at most."""
         self._at = 0
         values = self.arena.tensor(0, torch.bfloat16, (self.arena.nbytes // 2,))
         tile = torch.randn(min(TILE, len(values)), generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
@@ -103,9 +103,9 @@ class Sample:
             part.copy_(tile[: len(part)])
 
     def take(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        """A weight, or as many of its rows as fit into `most`."""
+        """A weight, or as many of its rows as there is memory for."""
         row = math.prod(shape[1:]) * dtype.itemsize
-        rows = max(min(shape[0], self.most // row), 1)
+        rows = min(shape[0], self.arena.nbytes // row)
         nbytes = rows * row
         if self._at + nbytes > self.arena.nbytes:
             self._at = 0
@@ -118,17 +118,18 @@ class Stand(Params):
     """Weights that stand in for a step's; `beyond_s` is what their products would have taken besides, in seconds."""
 
     def __init__(self, params: Mapping[str, Param], sample: Sample) -> None:
-        self._wanted = params
+        self._wanted, self._sample = params, sample
         self.beyond_s = 0.0
         super().__init__({name: _filled(param, sample) for name, param in params.items()})
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        """As of the whole weight; rows that the sample has no room for come out as zeros."""
-        outs, found = self._wanted[name].shape[0], self[name].shape[0]
+        """As of the whole weight; those of its rows that the sample leaves out come out as zeros."""
+        weight, outs = self[name], self._wanted[name].shape[0]
+        found = min(len(weight), max(self._sample.most // (weight.shape[1] * weight.itemsize), 1))
         if found == outs:
             return super().linear(name, x)
         start = perf_counter()
-        y = linear(x, self[name])
+        y = linear(x, weight[:found])
         spent_s = perf_counter() - start
         y = torch.cat((y, y.new_zeros(len(y), outs - found)), dim=1)
         self.beyond_s += spent_s * outs / found - (perf_counter() - start)
@@ -154,23 +155,23 @@ class Trial:
         step = piece.step
         assert step is not None
         x, angles = self._rows(rows), self._family.angles(torch.arange(rows), rows)
-        return self._median(lambda: self._run(step, self._stand(piece), x, angles))
+        return self._median(rows, lambda: self._run(step, self._stand(piece), x, angles))
 
     def head_s(self, piece: Piece, rows: int) -> float:
         """Seconds of one block of the head."""
         x = self._rows(rows)
-        return self._median(lambda: self._stand(piece).linear("head", x))
+        return self._median(rows, lambda: self._stand(piece).linear("head", x))
 
     def block_s(self, rows: int) -> float:
         """Seconds of attention of `rows` queries to one block of history."""
         kv = self._family.kv
         keys = torch.randn(BLOCK, kv.heads, kv.head_dim).to(kv.dtype)
         queries = torch.randn(rows, self._heads, kv.head_dim).to(kv.dtype)
-        return self._median(lambda: attend(queries, [Block(0, keys, keys)], BLOCK, kv.head_dim**-0.5)) if kv.layers else 0.0
+        return self._median(rows, lambda: attend(queries, [Block(0, keys, keys)], BLOCK, kv.head_dim**-0.5)) if kv.layers else 0.0
 
-    def _median(self, work: Callable[[], object]) -> float:
+    def _median(self, rows: int, work: Callable[[], object]) -> float:
         seconds = []
-        for _ in range(TIMES):
+        for _ in range(TIMES[rows]):
             self._stands = []
             start = perf_counter()
             work()

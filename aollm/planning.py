@@ -40,7 +40,7 @@ async def look(config: RuntimeConfig) -> Choice:
         disk, reason = open_disk(config.disk_backend, port, folder)
         try:
             choice = await choose(config, folder, disk, reason)
-            if (found := choice.found) is None:
+            if (found := choice.found) is None or choice.plan.device_memory:
                 return choice
             drive = None
             if found.streamed and found.checkpoint.files:

@@ -7,7 +7,7 @@ requests are made and heard.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -117,10 +117,10 @@ async def open_native(means: Means, found: Survey, cleanup: AsyncExitStack) -> T
     if berths is not None:
         cleanup.callback(berths.forget)
     drive = await drive_speed(disk, found.streamed, weights.ring if weights.streamed else Ring(2 * CHUNK)) if found.streamed else None
-    try:
-        forecast: Forecast | None = await compute.run(foretell, plan, family, found.pieces, found.experts, drive)
-    except FOREIGN:
-        forecast = None  # a step that cannot be run does not hold what is checked below
+    forecast: Forecast | None = None  # of a device nothing was measured
+    if not plan.device_memory:
+        with suppress(*FOREIGN, ModelError):  # a step that cannot be run does not hold what is checked below
+            forecast = await compute.run(foretell, plan, family, found.pieces, found.experts, drive)
     await weights.pin()
     norm = await compute.run(device.put, await _read_norm(family, found.checkpoint, disk))
     await compute.run(found.adapters.place, device.put)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from aollm.bench.__main__ import main
+from aollm.bench.curves import points_of
+from aollm.bench.history import LOG, record
 from aollm.bench.interval import interval_of, load
 from aollm.bench.passes import passes_of
 from aollm.bench.plot import title
@@ -184,7 +186,66 @@ def test_a_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_help_imports_nothing_heavy() -> None:
     program = (
-        "import sys; from aollm.bench.__main__ import main; print(main([]), sorted({'torch', 'matplotlib', 'numpy'} & set(sys.modules)))"
+        "import sys; from aollm.bench.__main__ import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as ended: print(ended.code, sorted({'torch', 'matplotlib', 'numpy', 'pydantic'} & set(sys.modules)))"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "overlap" in found.stdout and found.stdout.endswith("0 []\n")
+
+
+def point(**figures: list[float]) -> dict[str, Any]:
+    rows = [dict(zip(figures, values, strict=True)) for values in zip(*figures.values(), strict=True)]
+    return {"requests": rows}
+
+
+RESULT: dict[str, Any] = {
+    "bench": "profile", "model": "demo", "profile": "quick", "began": "2026-01-01T00:00:00+00:00", "lanes": {
+        "prompt-scaling": {"result": {"points": {
+            "512": {"tokens": 512, **point(ttft_seconds=[0.08, 0.09])}, "32": {"tokens": 32, **point(ttft_seconds=[0.01, 0.02])},
+        }}},
+        "session-growth": {"result": {"points": {"1": {"turn": 1, **point(ttft_seconds=[0.01])}}}},
+        "output-scaling": {"result": None},
+    },
+}  # fmt: skip
+
+
+def test_plot_draws_the_curves_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(RESULT))
+    assert main(["plot", str(tmp_path / "a.json"), "--output", str(tmp_path / "curves.png")]) == 0
+    assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
+    assert points_of(RESULT, "prompt-scaling", "tokens", "ttft_seconds") == [(32, [10, 20]), (512, [80, 90])]
+    assert points_of(RESULT, "output-scaling", "tokens", "pass_seconds") == []
+
+
+def test_plot_draws_a_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    value = {"seconds": 0.005, "count": 9, "yardstick": "operations", "yardstick_seconds": 0.001, "drive_bytes_per_second": None}
+    for number in range(5):
+        key = {"model": "demo", "profile": "quick", "backend": "optimized-native"} if number != 1 else {"model": "other"}
+        record(tmp_path, key, {"warm/decode": value, **({"cold/cold-cpu": value} if number > 2 else {})}, {})
+    with open(tmp_path / LOG, "a") as file:
+        file.write('{"schema": 99}\n{"sch')
+    for path in (tmp_path, tmp_path / LOG):
+        assert main(["plot", str(path), "--output", str(tmp_path / "history.png")]) == 0
+        assert (tmp_path / "history.png").read_bytes().startswith(PNG)
+        assert "newer version" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lanes": {}}, "no lane with a curve"),
+        ({"lanes": []}, "damaged"),
+        ({"lanes": {"prompt-scaling": {"result": {"points": {"1": {"tokens": 1}}}}}}, "damaged"),
+        ({"began": None}, "damaged"),
+    ],
+)
+def test_plot_refuses_a_result_that_cannot_be_drawn(
+    change: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.json").write_text(json.dumps(RESULT | change))
+    assert main(["plot", str(tmp_path / "bad.json"), "--output", str(tmp_path / "a.png")]) == 2
+    assert said in capsys.readouterr().err
+    (tmp_path / "history").mkdir()
+    assert main(["plot", str(tmp_path / "history"), "--output", str(tmp_path / "a.png")]) == 2
+    assert "no two runs" in capsys.readouterr().err and not (tmp_path / "a.png").exists()

@@ -327,7 +327,7 @@ def test_an_adapter_is_in_use(models: Path, tmp_path: Path) -> None:
         ({"do_sample": True, "temperature": -1.0}, "temperature"),
         ({"eos_token_id": "x"}, "a token id is a whole number"),
     ],
-    ids=str,
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else None,
 )
 def test_what_cannot_be_done_is_refused_by_name(o: Inference, options: dict[str, Any], says: str) -> None:
     with pytest.raises(RequestError, match=says):

@@ -779,7 +779,7 @@ def test_plan_and_run_of_a_model_without_a_match(folders: dict[str, Path], capsy
     told = capsys.readouterr().out
     assert re.search(rf"\n  tier +{GENERIC}\n +not-planned: config.json: model_type 't5' is not known", told)
     assert re.search(r"\n  context +64 tokens a request\n  kv cache +transformers, runtime-scoped: ", told) and "passes" not in told
-    assert "not foretold: transformers' modules compute" in told
+    assert "nothing: transformers' modules compute" in told
     assert main(["run", t5, "hello", "--max-new-tokens", "4", *limit, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["token_ids"] == t5_ids(folders, tokenizer().encode("hello").ids, 4)

@@ -1,53 +1,106 @@
-"""`python -m aollm.bench`: measurements by name. Cards and progress go to stderr; the last line of stdout is one JSON object.
+"""`python -m aollm.bench`: a whole run, one lane of it, or a measurement by name.
 
-Exit code 2 is bad use, 1 a measurement that failed.
+Cards and progress go to stderr; the last line of stdout is one JSON object. Exit code 2 is bad use, 1 a measurement that
+failed, 3 a regression under `--fail-on-regression`, 130 an interruption.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from ..errors import AollmError, ConfigError
+from .arguments import parser
+
+INTERRUPTED, BROKEN_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
+PROBED = "probe_"
+WORK = ("prompt", "max_new_tokens", "iterations", "seconds")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the measurement that `arguments` name; its exit code."""
-    parser = _parser()
-    given = parser.parse_args(arguments)
-    if given.command is None:
-        parser.print_help()
-        return 0
+def main(arguments: Sequence[str] | None = None, program: Sequence[str] | None = None) -> int:
+    """Run the measurement that `arguments` name; its exit code. `program` runs the lanes in place of this one."""
+    given = parser().parse_args(arguments)
     try:
-        return _plot(given) if given.command == "plot" else _overlap(given)
+        if given.command == "plot":
+            return _plot(given)
+        if given.command == "overlap":
+            return _overlap(given)
+        options = {name: value for name, value in vars(given).items() if name not in ("command", "probe_runtime")}
+        return _probe(options) if given.probe_runtime else _campaign(options, program)
     except AollmError as error:
         print(f"aollm.bench: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read has gone; nothing is left to say, and nobody to say it to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return BROKEN_PIPE
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m aollm.bench", description="Measure a runtime against what its machine can do.")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    overlap = commands.add_parser("overlap", help="how much of the drive's speed a run reaches, and how long it stalls")
-    overlap.add_argument("model", metavar="MODEL", help="folder of a model, or an alias such as demo")
-    overlap.add_argument("--memory", help="limit on the whole process, such as 3GiB (default: what is free)")
-    overlap.add_argument("--requests", type=_count, default=1, metavar="N", help="requests at once (default: 1)")
-    overlap.add_argument("--tokens", type=_several, default=8, metavar="T", help="new tokens of each, at least 2 (default: 8)")
-    overlap.add_argument("--rounds", type=_count, default=3, metavar="R", help="runs, each between two probes of the drive (default: 3)")
-    overlap.add_argument("--prompt-tokens", type=_count, default=32, metavar="P", help="random tokens of each prompt (default: 32)")
-    overlap.add_argument("--disk-backend", choices=("auto", "threads", "uring", "portable"), default="auto")
-    overlap.add_argument("--prefetch-depth", type=_count, default=2, help="pieces read ahead (default: 2)")
-    overlap.add_argument("--offload-cpu-layers", type=int, metavar="K", help="keep just K layers in memory (default: as many as fit)")
-    overlap.add_argument("--seed", type=int, default=0, help="of the prompts (default: 0)")
-    overlap.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON object here")
-    overlap.add_argument("--lanes", type=Path, metavar="FILE.png", help="draw the last pass")
-    plot = commands.add_parser("plot", help="draw reads, computations and stalls of a pass")
-    plot.add_argument("file", type=Path, metavar="FILE", help="a trace (of which the last pass is drawn) or a result of overlap")
-    plot.add_argument("--output", type=Path, required=True, metavar="FILE.png")
-    return parser
+def _campaign(options: dict[str, Any], program: Sequence[str] | None) -> int:
+    if stray := [name for name in options if name.startswith(PROBED)]:
+        raise ConfigError(f"--{stray[0].replace('_', '-')} is for one lane alone: give --probe-runtime too")
+    import anyio
+
+    from ..reference import find
+    from ..settings import BenchmarkConfig, RuntimeConfig
+    from ..terminal import Terminal
+    from .campaign import Campaign, Target
+    from .lane import PROGRAM
+    from .signals import heard
+
+    benchmark = BenchmarkConfig.of({name: value for name, value in options.items() if name in BenchmarkConfig.model_fields})
+    runtime = {name: value for name, value in options.items() if name in RuntimeConfig.model_fields and name != "quiet"}
+    if "model_reference" not in runtime and "model_reference" not in RuntimeConfig.said():
+        runtime["model_reference"] = "demo"
+    config = RuntimeConfig.of(None, runtime)
+    folder = anyio.run(find, config.model_reference, config.models_dir)
+    with heard(), Terminal(options.get("quiet", False)) as terminal:
+        return Campaign(benchmark, Target(folder, config, runtime), terminal, program or PROGRAM).run()
+
+
+def _probe(options: dict[str, Any]) -> int:
+    """One lane; interrupted, it prints what it has, so that nothing measured is lost."""
+    before = signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))  # libraries swallow it while they are imported
+    import anyio
+
+    from ..settings import BenchmarkConfig, RuntimeConfig
+    from .probe import Probe, Work
+    from .report import card
+    from .tinies import make
+
+    signal.signal(signal.SIGINT, before if callable(before) else signal.default_int_handler)  # a background job would ignore it
+    probed = {name.removeprefix(PROBED): value for name, value in options.items() if name.startswith(PROBED)}
+    mode, tiny = probed.pop("mode", "warm"), probed.pop("tiny", None)
+    merged = {**options, **probed}
+    merged.setdefault("model_reference", "demo")
+    benchmark = BenchmarkConfig.of({name: value for name, value in merged.items() if name in BenchmarkConfig.model_fields})
+    with TemporaryDirectory(prefix="aollm-") as folder:
+        if tiny is not None:
+            merged["model_reference"] = str(make(tiny, Path(folder, f"tiny-{tiny}")))
+        runtime = {name: value for name, value in merged.items() if name in RuntimeConfig.model_fields and name != "quiet"}
+        scales = {name: getattr(benchmark, name) for name in Work.__dataclass_fields__ if name in BenchmarkConfig.model_fields}
+        own = {name: merged[name] for name in WORK if name in merged and name not in scales}
+        probe = Probe(Work(mode, RuntimeConfig.of(None, runtime), **{**scales, **own}))
+        code = 0
+        try:
+            anyio.run(probe.run)
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+    result = probe.result()
+    print(card(mode, result), file=sys.stderr)
+    line = json.dumps(result)
+    if benchmark.output is not None:
+        benchmark.output.write_text(line + "\n")
+    print(line, flush=True)
+    return code
 
 
 def _overlap(given: argparse.Namespace) -> int:
@@ -76,22 +129,10 @@ def _overlap(given: argparse.Namespace) -> int:
 
 
 def _plot(given: argparse.Namespace) -> int:
-    from .interval import load
-    from .plot import draw
+    from .picture import picture
 
-    draw(load(given.file), given.output)
+    picture(given.file, given.output)
     return 0
-
-
-def _count(text: str, least: int = 1) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < least:
-        raise argparse.ArgumentTypeError(f"a whole number from {least}, not {text!r}")
-    return number
-
-
-def _several(text: str) -> int:
-    return _count(text, 2)
 
 
 if __name__ == "__main__":

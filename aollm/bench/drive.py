@@ -27,18 +27,18 @@ class Drive:
         files = [(str(path), down(path.stat().st_size)) for path in sorted(folder.glob("*.safetensors"))]
         self._extents = deque(Extent(file, at, min(size, end - at)) for file, end in files for at in range(0, end, size))
 
-    async def probe(self) -> float:
-        """Bytes per second of reading about 1 GiB. Each probe goes on where the last one ended, so that no cache on the
+    async def probe(self, nbytes: int = PROBE_NBYTES) -> float:
+        """Bytes per second of reading about `nbytes`. Each probe goes on where the last one ended, so that no cache on the
         way to the drive has seen what it reads. Raises `DiskError`, and `ModelError` where there are no weights."""
         if not self._extents:
             raise ModelError(f"{self._folder} has no *.safetensors file to read")
         async with Port() as port:
             disk, _ = open_disk(self._backend, port, self._folder)
             try:
-                speed = await drive_speed(disk, list(self._extents), self._ring, PROBE_NBYTES)
+                speed = await drive_speed(disk, list(self._extents), self._ring, nbytes)
             finally:
                 await disk.aclose()
-        self._extents.rotate(-(PROBE_NBYTES // CHUNK))
+        self._extents.rotate(-(nbytes // CHUNK))
         return speed
 
     def __repr__(self) -> str:

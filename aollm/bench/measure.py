@@ -74,7 +74,7 @@ async def run_round(runtime: Runtime, prompts: Sequence[Sequence[int]], tokens: 
     cpu_s, start = io_cpu_s(), perf_counter()
     try:
         async with anyio.create_task_group() as group, AsyncExitStack() as stack:
-            group.start_soon(_watch, lateness_s)
+            group.start_soon(watch, lateness_s)
             streams = [await stack.enter_async_context(runtime.stream(prompt, max_new_tokens=tokens)) for prompt in prompts]
             async with anyio.create_task_group() as readers:
                 for stream in streams:
@@ -108,7 +108,7 @@ async def settle(limit_s: float = 30.0) -> bool:
     return False
 
 
-async def _watch(lateness_s: list[float]) -> None:
+async def watch(lateness_s: list[float]) -> None:
     """How late the event loop is: a beat every 5 ms, and by how much each came after its time."""
     while True:
         due = perf_counter() + BEAT_S

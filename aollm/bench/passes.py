@@ -9,7 +9,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 from ..trace import READS, Event
 
@@ -24,11 +25,19 @@ class Pass:
     nbytes: int = 0
     compute_s: float = 0.0
     stall_s: float = 0.0
+    marks: list[float] = field(default_factory=list)
+    """When its computations began and ended, in order."""
 
     @property
     def seconds(self) -> float:
         """From its start to the start of the next one."""
         return self.end - self.start
+
+    @property
+    def parts(self) -> list[float]:
+        """Its seconds, cut where a computation began or ended: each of them short enough to be left alone by other processes."""
+        marks = [self.start, *sorted(self.marks), self.end]
+        return [later - earlier for earlier, later in pairwise(marks)]
 
 
 def passes_of(events: Iterable[Event], end: float | None = None) -> list[Pass]:
@@ -48,6 +57,7 @@ def passes_of(events: Iterable[Event], end: float | None = None) -> list[Pass]:
                 current.stall_s += event.end - event.start
                 continue
             current.compute_s += event.end - event.start
+            current.marks += (event.start, event.end)
             current.rows = event.rows
             if reads := unused.get(event.label):
                 current.nbytes += reads.popleft()

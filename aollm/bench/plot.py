@@ -16,6 +16,7 @@ from .interval import Bar, Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BLUE, ORANGE, RED, GREY = "#0072B2", "#E69F00", "#D55E00", "#595959"
 BAR = 0.82
@@ -39,6 +40,11 @@ def draw(interval: Interval, output: Path) -> None:
     _draw_speed(speed, interval)
     _draw_lanes(lanes, interval, rows)
     speed.set_title(title(interval), loc="left", fontsize=12, fontweight="bold")
+    save(figure, output)
+
+
+def save(figure: Figure, output: Path) -> None:
+    """Write a figure as a PNG. Raises `ConfigError` when the file cannot be written."""
     try:
         figure.savefig(output, format="png")
     except OSError as error:
@@ -69,7 +75,7 @@ def _draw_speed(axes: Axes, interval: Interval) -> None:
         )
     axes.set_ylim(0, top * 1.15)
     axes.set_ylabel("read speed\n(GB/s)")
-    _clean(axes)
+    clean(axes)
 
 
 def _draw_lanes(axes: Axes, interval: Interval, rows: Sequence[Sequence[Bar]]) -> None:
@@ -90,10 +96,11 @@ def _draw_lanes(axes: Axes, interval: Interval, rows: Sequence[Sequence[Bar]]) -
     axes.set_ylim(len(rows) + len(styles) - 0.5, -0.5)
     axes.set_xlim(0, interval.seconds)
     axes.set_xlabel("seconds since the pass began")
-    _clean(axes)
+    clean(axes)
 
 
-def _clean(axes: Axes) -> None:
+def clean(axes: Axes) -> None:
+    """No frame above and to the right, and a light grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)

@@ -92,7 +92,7 @@ def _foretold(plan: RuntimePlan) -> Iterator[tuple[str, str]]:
     if (predicted := plan.predicted) is None:
         streams = plan.streamed_nbytes_per_pass > 0
         yield "drive", "not measured: it is read layer by layer, none ahead" if streams else "nothing is read after opening"
-        yield "speed", "not foretold: transformers' modules compute"
+        yield "foretold", "nothing: " + (f"{plan.device} was not measured" if plan.device_memory else "transformers' modules compute")
         return
     drive = predicted.drive_bytes_per_second
     yield "drive", "nothing is read after opening" if drive is None else f"{rate(drive)}, measured now"

@@ -1,0 +1,424 @@
+"""A run of the benchmark: its lanes say what they should, and whatever happens to one, what was measured is printed."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aollm.bench import pagecache
+from aollm.bench.__main__ import main
+from aollm.bench.arguments import MODES, parser
+from aollm.bench.campaign import Campaign, Target
+from aollm.bench.history import LOG, SCHEMA
+from aollm.bench.lane import Lane, run
+from aollm.bench.probe import Probe, Work
+from aollm.bench.profiles import lanes_of, scaled
+from aollm.bench.spread import quiet, spread, steady
+from aollm.demo import MODEL
+from aollm.errors import ConfigError, RequestError
+from aollm.settings import BenchmarkConfig, RuntimeConfig
+from aollm.terminal import Terminal
+
+SMALL: dict[str, Any] = {
+    "iterations": 1, "max_new_tokens": 5, "prompt_scale_tokens": (8, 24), "output_scale_tokens": (3, 6), "session_turns": 2,
+    "session_max_new_tokens": 4,
+}  # fmt: skip
+FIGURES = {
+    "prompt_tokens", "output_tokens", "ttft_seconds", "inter_token_seconds", "prompt_tokens_per_second", "output_tokens_per_second",
+    "rss_nbytes", "rss_source", "peak_rss_nbytes", "peak_rss_source", "accelerator_memory_nbytes", "accelerator_utilization",
+    "allocator_slack_nbytes", "cpu_seconds", "cpu_share", "cache_dir_size_mb", "prefix_hit_tokens", "loop_lateness_ms",
+}  # fmt: skip
+STATE = {"kv_cache_strategy", "cache_state", "chunked_prefill", "native_runtime_profile"}
+
+
+async def probed(mode: str, tmp_path: Path, work: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
+    """What a lane says, which left nothing in the folder of its caches; as JSON has it."""
+    settings = {"memory": "1GiB", "kv_cache_strategy": "resident", "cache_dir": tmp_path, **settings}
+    probe = Probe(Work(mode, RuntimeConfig.of("demo", settings), **{**SMALL, **(work or {})}))
+    try:
+        await probe.run()
+    finally:
+        assert os.listdir(tmp_path) == []
+    result: dict[str, Any] = json.loads(json.dumps(probe.result()))
+    return result
+
+
+@pytest.mark.anyio
+async def test_a_warm_lane_tells_everything(tmp_path: Path) -> None:
+    result = await probed("warm", tmp_path, {"iterations": 3})
+    (point,) = result["points"].values()
+    assert point.keys() >= STATE and len(point["requests"]) == 3
+    for request in point["requests"]:
+        assert request.keys() >= FIGURES
+        assert (request["prompt_tokens"], request["output_tokens"], request["passes"]) == (4, 5, 5)
+        assert 0 < request["ttft_seconds"] < request["seconds"]
+        assert request["prompt_tokens_per_second"] == pytest.approx(4 / request["ttft_seconds"])
+        assert request["output_tokens_per_second"] == pytest.approx(5 / request["seconds"])
+        assert request["cache_dir_size_mb"] is request["accelerator_memory_nbytes"] is request["accelerator_utilization"] is None
+        assert request["cpu_seconds"] > 0 and 0 < request["cpu_share"] <= 1.01
+        if sys.platform == "linux":
+            assert 0 < request["rss_nbytes"] <= request["peak_rss_nbytes"]
+    assert point["native_runtime_profile"]["events"]["compute"]["count"] % 5 == 0
+    assert result["values"]["decode"]["count"] == 3 * 4 and result["values"]["first-token"]["count"] == 3
+    assert 0 < result["values"]["decode"]["quiet"] <= result["values"]["decode"]["p95"]
+    assert result["yardstick"]["kind"] == "operations" and result["yardstick"]["seconds"] > 0
+    assert result["yardstick"]["drive_bytes_per_second"] is None
+    assert result["plan"]["backend"] == "optimized-native"
+
+
+@pytest.mark.anyio
+async def test_scaling_lanes_have_the_lengths_that_fit(tmp_path: Path) -> None:
+    result = await probed("prompt-scaling", tmp_path, {"prompt_scale_tokens": (8, 24, 999)}, max_context_tokens=512)
+    assert [point["requests"][0]["prompt_tokens"] for point in result["points"].values()] == [8, 24]
+    assert result["left_out"].keys() == {"999"} and result["values"].keys() == {"prefill-8", "prefill-24"}
+    chunks = [point["chunked_prefill"] for point in result["points"].values()]
+    assert [(each["rows"], each["passes"], each["chunks"]) for each in chunks] == [(8, 1, 1), (24, 1, 1)]
+    result = await probed("output-scaling", tmp_path)
+    assert [point["requests"][0]["output_tokens"] for point in result["points"].values()] == [3, 6]
+    assert result["values"]["decode"]["count"] == 2 + 5
+
+
+@pytest.mark.anyio
+async def test_a_chunked_prefill_is_told(tmp_path: Path) -> None:
+    result = await probed("prompt-scaling", tmp_path, {"prompt_scale_tokens": (100,)}, dense_projection_chunk_rows=32)
+    assert result["points"]["100"]["chunked_prefill"] | {"rows_per_pass": 0, "passes": 0} == {
+        "rows": 100, "rows_per_pass": 0, "passes": 0, "chunk_rows": 32, "chunks": 4,
+    }  # fmt: skip
+
+
+@pytest.mark.anyio
+async def test_conversations_grow_in_one_runtime_and_over_several(tmp_path: Path) -> None:
+    result = await probed("session-growth", tmp_path, {"session_max_new_tokens": 32})
+    first, second = (point["requests"][0] for point in result["points"].values())
+    assert first["prefix_hit_tokens"] == 0 < second["prefix_hit_tokens"] < second["prompt_tokens"]
+    result = await probed("reopen-session-growth", tmp_path, {"session_max_new_tokens": 32})
+    again = [point["requests"][0] for point in result["points"].values()]
+    assert [each["prompt_tokens"] for each in again] == [first["prompt_tokens"], second["prompt_tokens"]]
+    assert again[0]["prefix_hit_tokens"] == 0 < again[1]["prefix_hit_tokens"]
+    assert all(each["open_seconds"] > 0 for each in again) and again[1]["cache_dir_size_mb"] > 0
+    assert result["points"]["2"]["kv_cache_strategy"] == "paged"
+    assert result["points"]["2"]["chunked_prefill"]["rows"] == again[1]["prompt_tokens"] - again[1]["prefix_hit_tokens"]
+    assert result["points"]["2"]["cache_state"]["cache_lifecycle"] == "persistent"
+
+
+@pytest.mark.anyio
+async def test_planning_reads_no_weights(tmp_path: Path) -> None:
+    result = await probed("plan", tmp_path)
+    assert result["values"]["plan"]["count"] >= 1 and result["first_seconds"] > 0
+    assert result["plan"]["specialization_state"] == "planned"  # and not applied: nothing was opened
+    assert result["points"] == {}
+
+
+@pytest.mark.anyio
+async def test_a_cold_lane_drops_the_files_first(tmp_path: Path) -> None:
+    result = await probed("cold", tmp_path)
+    cache = result["page_cache"]
+    assert cache["nbytes"] == sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file())
+    assert cache["cold"] is (None if cache["resident_share"] is None else cache["resident_share"] <= pagecache.COLD_SHARE)
+    assert cache["cold"] or cache["reason"]
+    assert result["values"]["cold"]["quiet"] > result["open_seconds"]
+
+
+@pytest.mark.anyio
+async def test_a_lane_that_fails_in_the_middle_keeps_what_it_has(tmp_path: Path) -> None:
+    config = RuntimeConfig.of("demo", {"memory": "1GiB", "kv_cache_strategy": "resident", "cache_dir": tmp_path, "max_context_tokens": 40})
+    probe = Probe(Work("session-growth", config, **{**SMALL, "session_turns": 9}))
+    with pytest.raises(RequestError, match="max_context_tokens"):
+        await probe.run()
+    result = probe.result()
+    assert 1 <= len(result["points"]) < 9 and result["values"]["decode"]["count"] >= 3 and result["yardstick"]["seconds"] > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what it caches")
+def test_pages_are_seen_and_dropped(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "a").write_bytes(os.urandom(3 << 20))
+    (tmp_path / "empty").write_bytes(b"")
+    assert pagecache.resident_share([tmp_path / "weights" / "a"]) == 1
+    found = pagecache.drop(tmp_path)
+    assert (found["files"], found["nbytes"], found["resident_share_before"]) == (2, 3 << 20, 1)
+    assert found["cold"] is True and found["resident_share"] <= 0.02 and found["reason"] is None
+    with open(tmp_path / "weights" / "a", "rb") as file:
+        file.read(1 << 20)
+    assert 0.3 <= (pagecache.resident_share([tmp_path / "weights" / "a"]) or 0) < 1
+
+
+@pytest.mark.parametrize(
+    ("rounds", "found"),
+    [
+        ([[[1.0, 2.0]]], None),
+        ([[[1.0, 2.0]], [[1.0, 2.1]]], True),
+        ([[[1.0, 9.0]], [[1.0, 2.1]], [[9.0, 2.0]]], True),  # what one half lacks in one round, it has in another
+        ([[[1.0, 2.0]], [[1.0, 2.6]]], False),
+        ([[[5.0]], [[9.0]], [[6.0]], [[7.0]]], False),
+    ],
+)
+def test_steady_is_what_two_halves_agree_on(rounds: list[list[list[float]]], found: bool | None) -> None:
+    assert steady(rounds) is found
+
+
+def test_quiet_is_the_low_end_of_each_part() -> None:
+    disturbed = [[1.0, 9.0], [9.0, 2.0]] * 20
+    assert quiet(disturbed) == 3.0
+    assert quiet([*disturbed, [0.1, 0.1, 0.1]]) == 3.0  # cut otherwise: does not count
+    assert spread(disturbed) == {"count": 40, "quiet": 3.0, "p50": 10.5, "p95": 11.0, "max": 11.0}
+
+
+SAY = "import json, sys, time, signal\nprint('chatter')\n"
+DEAF = "signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', file=sys.stderr)\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "limit_s", "state", "reason", "result"),
+    [
+        ("print(json.dumps({'a': 1}))", 30, "measured", None, {"a": 1}),
+        ("print('aollm.bench: no such model', file=sys.stderr); sys.exit(1)", 30, "unavailable", "no such model", None),
+        ("print(json.dumps({'a': 1})); sys.exit(1)", 30, "unavailable", "its process ended with 1 and printed no result", None),
+        ("print('[1]')", 30, "unavailable", "its process ended with 0 and printed no result", None),
+        ("import os; os.kill(os.getpid(), 9)", 30, "unavailable", "ended by SIGKILL; was memory short?", None),
+        ("time.sleep(60)", 0.7, "unavailable", "ran over its 1 s", None),
+        (
+            "try: time.sleep(60)\nexcept KeyboardInterrupt: print(json.dumps({'values': {'warm': 1}}))",
+            0.7, "partial", "ran over its 1 s", {"values": {"warm": 1}},
+        ),
+    ],
+)  # fmt: skip
+def test_a_lane_comes_to_something(program: str, limit_s: float, state: str, reason: str | None, result: dict[str, Any] | None) -> None:
+    found = run(Lane("a", (SAY + program,), limit_s), [sys.executable, "-c"])
+    assert (found.state, found.result, found.interrupted) == (state, result, False)
+    assert found.reason == reason or (reason is not None and found.reason is not None and reason in found.reason)
+
+
+def test_a_lane_that_hears_nothing_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aollm.bench.lane.GRACE_S", 0.2)
+    found = run(Lane("a", (f"{SAY}{DEAF}time.sleep(60)",), 1.0), [sys.executable, "-c"])
+    assert found.state == "unavailable" and found.seconds < 20
+    assert run(Lane("a", (), 1), ["/no/such/program"]).reason == "no process can be started: No such file or directory"
+
+
+def test_every_lane_can_be_typed() -> None:
+    for profile, least in (("quick", 9), ("full", 20)):
+        benchmark = scaled(BenchmarkConfig.of({"profile": profile}))
+        typed = {"memory": 1 << 30, "kv_cache_strategy": "sliding-window-ring-buffer", "kv_cache_window_tokens": 64, "device": "cpu"}
+        lanes = lanes_of(benchmark, RuntimeConfig.of("demo", typed), typed)
+        assert len({lane.name for lane in lanes}) == len(lanes) >= least
+        for lane in lanes:
+            given = vars(parser().parse_args(lane.arguments))
+            assert given["command"] == "overlap" or given["probe_runtime"]
+            if lane.name == "warm":
+                assert (given["probe_kv_cache_strategy"], given["probe_kv_cache_window_tokens"]) == ("sliding-window-ring-buffer", 64)
+                assert (given["memory"], given["device"], given["model_reference"]) == (str(1 << 30), "cpu", "demo")
+
+
+STUB = """
+import json, sys, pathlib
+state = json.loads(pathlib.Path(sys.argv[1]).read_text())
+arguments = sys.argv[2:]
+mode = arguments[arguments.index("--probe-mode") + 1] if "--probe-mode" in arguments else arguments[0]
+if mode in state["broken"]:
+    sys.exit("aollm.bench: broken")
+names = {"prompt-scaling": ["prefill-32"], "warm": ["decode", "first-token"], "plan": ["plan-cpu"], "cold": ["cold-cpu"]}
+pace = state["pace"].pop(0) if mode == "warm" and len(state["pace"]) > 1 else state["pace"][0]
+pathlib.Path(sys.argv[1]).write_text(json.dumps(state))
+seconds = {name: {"quiet": pace, "count": 9, "p50": pace, "steady": mode not in state["unsteady"]} for name in names.get(mode, ["decode"])}
+yardstick = {"kind": "operations", "seconds": 0.001, "count": 9, "drive_bytes_per_second": None}
+plan = {"backend": "optimized-native", "device": "cpu", "kv_cache_strategy": "resident"}
+print(json.dumps({"values": seconds, "yardstick": yardstick, "points": {}, "plan": plan, "first_seconds": 1}
+      | ({"bench": "overlap", "fraction_of_bound": 1, "limiter": "disk", "stall_share": 0, "tokens_per_second": 1, "requests": 1}
+         if mode == "overlap" else {"page_cache": None})))
+"""
+
+
+class House:
+    """A history and lanes that say at once what they are told to; `pace` is their seconds, the next one with each warm lane."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.state = folder, folder / "state.json"
+        (folder / "stub.py").write_text(STUB)
+        self.program = [sys.executable, "-IS", str(folder / "stub.py"), str(self.state)]
+
+    def run(self, *arguments: str, pace: tuple[float, ...] = (0.005,), broken: tuple[str, ...] = (), unsteady: tuple[str, ...] = ()) -> int:
+        self.state.write_text(json.dumps({"pace": pace, "broken": broken, "unsteady": unsteady}))
+        return main(["--history-dir", str(self.folder / "history"), *arguments], self.program)
+
+    @property
+    def kept(self) -> int:
+        log = self.folder / "history" / LOG
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    return House(tmp_path)
+
+
+def shown(capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
+    """The object that stdout holds, which is its only line, and stderr."""
+    said = capsys.readouterr()
+    assert said.out.count("\n") == 1
+    return json.loads(said.out), said.err
+
+
+def test_a_run_is_compared_kept_and_told(house: House, capsys: pytest.CaptureFixture[str]) -> None:
+    assert house.run() == 0
+    result, told = shown(capsys)
+    assert result["comparison"]["verdict"] == "not compared" and "no earlier run" in told
+    assert {lane["state"] for lane in result["lanes"].values()} == {"measured"} and len(result["lanes"]) == 9
+    assert [sorted(turn) for turn in result["measured_again"]] == [["output-scaling", "session-growth", "warm"]]  # others lean on it
+    assert result["recorded"] is not None and house.kept == 1
+    assert str(Path.home()) not in json.dumps(result) and os.uname().nodename not in json.dumps(result["key"])
+    assert house.run("--no-record-history", "--fail-on-regression") == 0
+    result, told = shown(capsys)
+    assert result["comparison"]["verdict"] == "no regression" and result["recorded"] is None and house.kept == 1
+    assert [subject["change"] for subject in result["comparison"]["subjects"]] == pytest.approx([0, 0, 0, 0])
+    assert "against 1 earlier run: no regression" in told
+
+
+@pytest.mark.parametrize(
+    ("pace", "arguments", "verdict", "code"),
+    [
+        ((0.006,), [], "regression", 0),
+        ((0.006,), ["--fail-on-regression"], "regression", 3),
+        ((0.009, 0.005), ["--fail-on-regression"], "no regression", 0),  # not found again
+        ((0.0051,), ["--fail-on-regression"], "no regression", 0),
+        ((0.004,), ["--fail-on-regression"], "no regression", 0),
+        ((0.006,), ["--fail-on-regression", "--session-turns", "5"], "not compared", 0),  # another kind of run
+        ((0.006,), ["--fail-on-regression", "--history-codebase-label", "other"], "not compared", 0),
+        ((0.006,), ["--fail-on-regression", "--memory", "2GiB"], "not compared", 0),
+    ],
+)
+def test_a_slowdown_counts_when_it_is_found_again(
+    pace: tuple[float, ...], arguments: list[str], verdict: str, code: int, house: House, capsys: pytest.CaptureFixture[str]
+) -> None:
+    house.run()
+    shown(capsys)
+    assert house.run(*arguments, pace=pace) == code
+    result, _ = shown(capsys)
+    assert result["comparison"]["verdict"] == verdict
+    assert bool(result["measured_again"]) is (pace[0] > 0.0055)
+
+
+def test_what_a_busy_machine_hides_is_measured_again(house: House, capsys: pytest.CaptureFixture[str]) -> None:
+    house.run()
+    shown(capsys)
+    everything = tuple(name for name in MODES if name not in ("plan", "cold"))
+    assert house.run("--fail-on-regression", unsteady=everything) == 0
+    result, told = shown(capsys)
+    assert "too busy a machine to compare decode" in told and not {"warm/decode", "prompt-scaling/prefill-32"} & result["values"].keys()
+    assert sorted(result["measured_again"][0]) == ["output-scaling", "prompt-scaling", "session-growth", "warm"]
+    assert house.run(unsteady=MODES) == 0
+    comparison = shown(capsys)[0]["comparison"]
+    assert comparison["verdict"] == "not compared" and "too busy" in comparison["reason"]
+
+
+def test_what_fails_is_unavailable_and_the_rest_is_there(house: House, capsys: pytest.CaptureFixture[str]) -> None:
+    assert house.run(broken=("warm", "overlap")) == 0
+    result, told = shown(capsys)
+    states = {name: (lane["state"], lane["reason"]) for name, lane in result["lanes"].items()}
+    assert states["warm"] == states["overlap"] == ("unavailable", "broken") and states["cold"] == ("measured", None)
+    assert "unavailable: broken" in told and "warm/decode" not in result["values"]
+    everything = ("plan", "cold", "warm", "prompt-scaling", "output-scaling", "session-growth", "reopen-session-growth", "overlap")
+    assert house.run(broken=everything) == 1
+    assert shown(capsys)[0]["recorded"] is None and house.kept == 1
+
+
+def test_a_full_disk_or_a_strange_history_loses_nothing(house: House, capsys: pytest.CaptureFixture[str]) -> None:
+    house.run()
+    shown(capsys)
+    log = house.folder / "history" / LOG
+    whole = log.read_bytes()
+    newer = json.dumps({"schema": SCHEMA + 1}).encode()
+    log.write_bytes(whole + newer + b"\n" + whole[: len(whole) // 2])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        code = house.run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    result, told = shown(capsys)
+    assert code == 0 and result["comparison"]["verdict"] == "no regression" and result["recorded"] is None
+    assert "newer version" in told and "cut short" in told and "the run is not kept" in told and "File too large" in told
+    assert log.read_bytes() == whole + newer + b"\n" + whole[: len(whole) // 2]
+    assert sorted(os.listdir(log.parent)) == sorted([LOG, *(path.name for path in log.parent.glob("2*.json"))])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--output", "no/such/folder/a.json"], "output"),
+        (["--output", "/"], "output"),
+        (["--profile", "medium"], "profile"),
+        (["--iterations", "0"], "iterations"),
+        (["--prompt-scale-tokens", "32,many"], "prompt_scale_tokens"),
+        (["--kv-cache-strategy", "pagd"], "kv_cache_strategy"),
+        (["--device", "tpu"], "device"),
+        (["--probe-mode", "warm"], "--probe-runtime"),
+        (["--probe-runtime", "--probe-tiny", "nothing"], "probe-tiny"),
+    ],
+)
+def test_bad_use_is_told_before_anything_is_measured(
+    arguments: list[str], said: str, house: House, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert house.run(*arguments) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.count("\n") == 1 and said in told.err and house.kept == 0
+
+
+def test_an_output_that_fills_the_disk_is_told_and_stdout_has_it(house: House, capsys: pytest.CaptureFixture[str]) -> None:
+    assert house.run("--output", "/dev/full") == 1
+    result, told = shown(capsys)
+    assert "/dev/full cannot be written: No space left on device" in told and result["recorded"] is not None
+    assert house.run("--output", str(house.folder / "a.json")) == 0
+    printed = capsys.readouterr().out
+    assert (house.folder / "a.json").read_text() == printed
+
+
+def test_a_model_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model-reference", "no-such-model"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_interrupted_run_prints_what_it_has(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "aollm.bench", "--iterations", "1", "--history-dir", str(tmp_path / "h")]
+    sent = (signal.SIGINT, signal.SIGTERM)
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in sent]
+    for process, each in zip(running, sent, strict=True):
+        assert process.stderr is not None
+        first = process.stderr.readline()
+        time.sleep(1.0)  # into the second lane, whichever state it is in
+        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
+        process.send_signal(each)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 130 and first.strip().startswith("plan ") and len(children) == 1
+        result = json.loads(out)
+        assert result["interrupted"] is True and result["lanes"]["plan"]["state"] == "measured"
+        assert "interrupted" in err and not (tmp_path / "h").exists()
+        assert not Path(f"/proc/{children[0]}").exists()
+
+
+def test_a_probe_by_hand_answers_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--probe-runtime", "--probe-mode", "warm", "--probe-tiny", "llama", "--probe-iterations", "1", "--probe-max-new-tokens", "3"]
+    assert main(command) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["plan"]["family"], result["plan"]["backend"]) == ("llama", "optimized-native")
+    assert main(["--probe-runtime", "--probe-mode", "plan", "--probe-tiny", "t5", "--probe-iterations", "1"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["plan"]["family"], result["plan"]["backend"]) == ("t5", "transformers-generic")
+    assert "t5" in result["plan"]["specialization_reason"]
+
+
+def test_a_campaign_shows_what_it_has_so_far(tmp_path: Path) -> None:
+    benchmark = BenchmarkConfig.of({"history_dir": str(tmp_path), "output": str(tmp_path / "a.json")})
+    campaign = Campaign(benchmark, Target(MODEL, RuntimeConfig.of("demo", {}), {}), Terminal(quiet=True))
+    assert campaign.result["lanes"] == {} and campaign.result["comparison"]["verdict"] == "not compared"
+    assert not (tmp_path / "a.json").exists()
+    (tmp_path / "b").mkdir()
+    with pytest.raises(ConfigError, match="Is a directory"):
+        Campaign(BenchmarkConfig.of({"output": str(tmp_path / "b")}), Target(MODEL, RuntimeConfig.of("demo", {}), {}), Terminal(quiet=True))
