@@ -107,7 +107,8 @@ def lane_process(name: str, job: Job, *, prepare: bool = False) -> Record:
         reason = f"killed above the memory cap of {job.memory}" if cap.killed else f"exit code {process.returncode}: {last[:200]}"
         return {"status": "unavailable", "reason": reason, "cap": cap.kind}
     record: Record = json.loads(output.splitlines()[-1])
-    return record | {"peak_memory_nbytes": cap.peak_nbytes, "cap": cap.kind}
+    told = f"python benchmarks/peers.py {job.model.name} --lane {name} --memory {job.memory} --tokens {job.tokens} --threads {job.threads}"
+    return record | {"peak_memory_nbytes": cap.peak_nbytes, "cap": cap.kind, "command": told}
 
 
 def cached_files(job: Job) -> list[Path]:
@@ -163,6 +164,7 @@ def summary(records: list[Record], nbytes: int) -> Record:
         "peak_rss_nbytes": max(record["peak_rss_nbytes"] for record in records),
         "token_ids": records[0]["token_ids"],
         "cap": records[0]["cap"],
+        "command": records[0]["command"],
     }
 
 
