@@ -1,7 +1,7 @@
 """The forecast: what a planned run will take, by arithmetic on sizes and on speeds that were measured.
 
-A pass reads what is not kept while it computes, so it takes the longer of the two; experts are known only when their layer is
-reached, so reading them and computing take turns. It refuses to know how speeds are measured.
+A pass reads what is not kept while it computes, so it takes the longer of the two. Experts are known only when their layer is
+reached, so the first of them is waited for. It refuses to know how speeds are measured.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from statistics import fmean
 from typing import Any
 
 from .experts import Key
-from .families.base import Family
+from .families.base import Experts, Family
 from .maths.attention import BLOCK
 from .pace import SAMPLE_NBYTES, Pace, measure
 from .piece import Piece
 from .prediction import FirstToken, Limiter, Prediction, Speed
-from .runtime_plan import RuntimePlan, activations_nbytes, history_nbytes
+from .runtime_plan import RuntimePlan, history_nbytes
 from .stores.presets import PRESETS
 
 LATER = ("pinned weights", "kv", "activations", "experts")
@@ -42,12 +42,13 @@ class Forecast:
 
     def decode(self, requests: int, context: int) -> Speed:
         """`requests` together, each making one token a pass."""
-        compute_s = self.pace.pass_s(requests, requests, context)
-        streamed, asked = self._streamed_nbytes(requests, context), self._experts_nbytes(requests)
-        seconds = HOPS_S + max(self._read_s(streamed), compute_s) + self._read_s(asked)
-        by_disk = self._read_s(streamed + asked) >= compute_s
+        dense_s, mixed_s = self.pace.pass_s(requests, requests, context), self.pace.mixed_s(requests, self.plan.chunk_rows)
+        streamed, experts = self._streamed_nbytes(requests, context), self._missing_experts(requests)
+        read_s, experts_s = self._read_s(streamed), self._read_s(experts * self.expert_nbytes)
+        seconds = HOPS_S + max(read_s, dense_s) + self._in_turns(experts_s, mixed_s, experts)
+        by_disk = read_s + experts_s >= dense_s + mixed_s
         limiter: Limiter = "disk" if by_disk else "memory" if requests <= 32 else "compute"
-        return Speed(requests, context, seconds, int(streamed + asked), requests / seconds, limiter)
+        return Speed(requests, context, seconds, int(streamed + experts * self.expert_nbytes), requests / seconds, limiter)
 
     def first_token(self, prompt_tokens: int) -> float:
         """Seconds until a prompt's first token, when nobody else rides."""
@@ -55,8 +56,10 @@ class Forecast:
         passes = -(-prompt_tokens // plan.max_rows)
         rows = -(-prompt_tokens // passes)
         read_s = self._read_s(passes * plan.streamed_nbytes_per_pass)
-        compute_s = self.pace.prefill_s(prompt_tokens, plan.chunk_rows)
-        return HOPS_S + max(read_s, compute_s) + passes * self._read_s(self._experts_nbytes(rows))
+        experts = passes * self._missing_experts(rows)
+        mixed_s = self.pace.mixed_s(prompt_tokens, plan.chunk_rows)
+        turns_s = self._in_turns(self._read_s(experts * self.expert_nbytes), mixed_s, experts / passes)
+        return HOPS_S + max(read_s, self.pace.prefill_s(prompt_tokens, plan.chunk_rows)) + turns_s
 
     def answer(self, prompt_tokens: int, new_tokens: int, requests: int = 1) -> tuple[float, float]:
         """Seconds until the first token of an answer, and until its last, while `requests` ride."""
@@ -85,15 +88,12 @@ class Forecast:
 
     def peak_nbytes(self, requests: int, tokens: int, answers: int = 1) -> int:
         """The most memory that the process will have while `requests` ride, each with `answers` answers of `tokens` tokens: what
-        the ledger promises, less what only more of them would touch."""
+        the ledger promises, less keys, values and states that only more of them would fill."""
         plan, family, answers = self.plan, self.family, min(requests * answers, self.plan.max_answers)
         held = min(answers * tokens, plan.kv_tokens)
         snapshots = min(plan.state_snapshot_nbytes, tokens // BLOCK * family.kv.state_nbytes)
         kv = history_nbytes(family, held, answers) + plan.kv_ring_nbytes + answers * snapshots
-        rows = min(requests * tokens, plan.max_rows)
-        activations = activations_nbytes(family, rows, min(rows, plan.chunk_rows), answers)
-        used = {"kv": min(kv, plan.ledger["kv"]), "activations": min(activations, plan.ledger["activations"])}
-        return sum((plan.ledger | used).values())
+        return sum((plan.ledger | {"kv": min(kv, plan.ledger["kv"])}).values())
 
     def _read_s(self, nbytes: float) -> float:
         return nbytes / self.drive_bytes_per_second if self.drive_bytes_per_second else 0.0
@@ -104,14 +104,23 @@ class Forecast:
         cold = max(requests * context - plan.kv_tokens, 0) if plan.cache_mode == "disk-kv" else 0
         return plan.streamed_nbytes_per_pass + cold * plan.kv_nbytes_per_token
 
-    def _experts_nbytes(self, rows: int) -> float:
-        """What is read of experts, if rows ask for all alike and those in memory are like the others."""
+    @property
+    def _mixtures(self) -> list[Experts]:
+        return [step.experts for step in self.family.steps if step.experts is not None]
+
+    def _missing_experts(self, rows: int) -> float:
+        """Experts that a pass reads, if rows ask for all alike and those in memory are like the others."""
         plan = self.plan
         if plan.expert_slots >= plan.experts:
             return 0.0
-        mixtures = [step.experts for step in self.family.steps if step.experts is not None]
-        asked = sum(experts.count * (1 - (1 - experts.top / experts.count) ** rows) for experts in mixtures)
-        return asked * (1 - plan.expert_slots / plan.experts) * self.expert_nbytes
+        asked = sum(experts.count * (1 - (1 - experts.top / experts.count) ** rows) for experts in self._mixtures)
+        return asked * (1 - plan.expert_slots / plan.experts)
+
+    def _in_turns(self, read_s: float, mixed_s: float, experts: float) -> float:
+        """Seconds of reading `experts` and of computing with them: one is computed with while the next is read, but a layer's first
+        is waited for."""
+        a_layer = max(experts / max(len(self._mixtures), 1), 1.0)
+        return max(read_s, mixed_s) + min(read_s, mixed_s) / a_layer
 
     def _disk_nbytes(self) -> int:
         """Keys and values of as many tokens as there can be."""

@@ -39,28 +39,40 @@ Curve = Mapping[int, float]
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Seconds by rows: of all `steps` of a pass with their experts, but without attention; of the `head`; and of folding one
-    `block` of 1,024 positions into attention in one layer. `windows` are how many positions each of those layers sees."""
+    """Seconds by rows: of all `steps` of a pass that have no experts, but without attention; of those with experts, `mixtures`; of
+    the `head`; and of folding one `block` of 1,024 positions into attention in one layer. `windows` are how many positions each
+    of those layers sees."""
 
     steps: Curve
+    mixtures: Curve
     head: Curve
     block: Curve
     windows: tuple[int | None, ...]
 
     def pass_s(self, rows: int, ends: int, context: int) -> float:
-        """Seconds that a pass computes on `rows` rows, each at the end of `context` positions, of which `ends` are drawn from."""
+        """Seconds that a pass computes on `rows` rows, each at the end of `context` positions, of which `ends` are drawn from; without
+        mixtures."""
         seen = sum(context if window is None else min(context, window) for window in self.windows)
         return at(self.steps, rows) + at(self.head, ends) + rows * at(self.block, 1) * seen / BLOCK
 
     def prefill_s(self, tokens: int, chunk_rows: int) -> float:
-        """Seconds that a prompt of `tokens` computes, `chunk_rows` at a time, in one pass."""
-        whole, rest = divmod(tokens, chunk_rows)
-        seconds = whole * at(self.steps, chunk_rows) + (at(self.steps, rest) if rest else 0.0) + at(self.head, 1)
+        """Seconds that a prompt of `tokens` computes, `chunk_rows` at a time, without mixtures."""
+        seconds = in_chunks(self.steps, tokens, chunk_rows) + at(self.head, 1)
         each = at(self.block, min(tokens, chunk_rows)) / min(tokens, chunk_rows)  # of a row and a block
         for window in self.windows:
             most = tokens if window is None else min(tokens, window)
             seconds += each * most * (tokens - most / 2) / BLOCK
         return seconds
+
+    def mixed_s(self, rows: int, chunk_rows: int) -> float:
+        """Seconds that mixtures compute on `rows` rows."""
+        return in_chunks(self.mixtures, rows, chunk_rows)
+
+
+def in_chunks(curve: Curve, rows: int, chunk_rows: int) -> float:
+    """The seconds of `rows` rows, `chunk_rows` at a time."""
+    whole, rest = divmod(rows, chunk_rows)
+    return whole * at(curve, chunk_rows) + (at(curve, rest) if rest else 0.0)
 
 
 def at(curve: Curve, rows: int) -> float:
@@ -80,12 +92,14 @@ def measure(family: Family, pieces: Sequence[Piece], experts: Mapping[Key, Piece
     whole = sum(piece.nbytes for piece in (*pieces, *experts.values()))
     trial = Trial(family, experts, Sample(min(most_nbytes, 2 * whole)))
     kinds = _kinds(pieces)
-    steps, head, block = dict[int, float](), dict[int, float](), dict[int, float]()
+    steps, mixtures, head, block = (dict[int, float]() for _ in range(4))
     for rows in TIMES:
-        steps[rows] = sum(count * trial.step_s(piece, rows) for piece, count in kinds if piece.step is not None)
+        ran = [(piece.step, count * trial.step_s(piece, rows)) for piece, count in kinds if piece.step is not None]
+        steps[rows] = sum(seconds for step, seconds in ran if step.experts is None)
+        mixtures[rows] = sum(seconds for step, seconds in ran if step.experts is not None)
         head[rows] = sum(count * trial.head_s(piece, rows) for piece, count in kinds if piece.step is None)
         block[rows] = trial.block_s(rows)
-    return Pace(steps, head, block, tuple(family.kv.window(layer) for layer in range(family.kv.layers)))
+    return Pace(steps, mixtures, head, block, tuple(family.kv.window(layer) for layer in range(family.kv.layers)))
 
 
 class Sample:

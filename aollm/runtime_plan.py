@@ -151,7 +151,11 @@ def make_plan(
     state = family.kv.state_nbytes
     snapshots = max(state, min(SNAPSHOTS, int(ledger.free * KV_SHARE) // config.max_answers)) if state else 0
     kv_nbytes = history_nbytes(family, kv_tokens, config.max_answers) + kv.ring_nbytes + config.max_answers * snapshots
-    activations = activations_nbytes(family, max_rows, max(chunk_rows, together), config.max_answers)
+    activations = (
+        max_rows * _row_nbytes(family)
+        + family.activation_nbytes(max(chunk_rows, together)) * 5 // 4  # the allocator does not fit them without gaps
+        + config.max_answers * family.vocabulary * (family.dtype.itemsize + 8)
+    )
     sizes, kept_sizes = [piece.nbytes for piece in pieces], [pinned_nbytes(piece) for piece in pieces]
     in_host, on_device = named_layers(family.layers, config.offload_cpu_layers, config.offload_cpu_policy, config.offload_gpu_layers)
     slot = slot_nbytes(experts)
@@ -248,12 +252,6 @@ def kv_share(config: RuntimeConfig, family: Family, free: int) -> KvShare:
 def history_nbytes(family: Family, tokens: int, answers: int) -> int:
     """Memory for keys, values and states of `tokens` tokens of `answers` answers."""
     return BlockPool.nbytes(tokens, answers, family.kv.layers, family.kv.row_nbytes) + answers * family.kv.state_nbytes
-
-
-def activations_nbytes(family: Family, rows: int, chunk_rows: int, answers: int) -> int:
-    """Memory for a pass of `rows` rows, `chunk_rows` at a time, and for the draws of `answers` answers."""
-    step = family.activation_nbytes(chunk_rows) * 5 // 4  # the allocator does not fit them without gaps
-    return rows * _row_nbytes(family) + step + answers * family.vocabulary * (family.dtype.itemsize + 8)
 
 
 def rows_together(tower: Tower | None) -> int:
