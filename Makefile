@@ -10,7 +10,7 @@ demo: $(READY)
 	@.venv/bin/aollm demo
 
 test: $(READY)
-	@.venv/bin/python -m pytest -q -n auto --dist loadfile
+	@.venv/bin/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	@.venv/bin/ruff check

@@ -348,7 +348,7 @@ async def test_more_memory_than_there_is(folder: Path, memory: Any) -> None:
 @pytest.mark.parametrize("context", [1 << 30, 10**15])
 async def test_a_context_that_cannot_be_held(folder: Path, context: int) -> None:
     with pytest.raises((MemoryBudgetError, ConfigError), match="max_context_tokens"):
-        await opened(folder, max_context_tokens=context)
+        await opened(folder, max_context_tokens=context, kv_cache_strategy="resident")
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ STATE = {"kv_cache_strategy", "cache_state", "chunked_prefill", "native_runtime_
 
 async def probed(mode: str, tmp_path: Path, work: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
     """What a lane says, which left nothing in the folder of its caches; as JSON has it."""
-    settings = {"memory": "1GiB", "kv_cache_strategy": "resident", "cache_dir": tmp_path, **settings}
+    settings = {"memory": "4GiB", "kv_cache_strategy": "resident", "cache_dir": tmp_path, **settings}
     probe = Probe(Work(mode, RuntimeConfig.of("demo", settings), **{**SMALL, **(work or {})}))
     try:
         await probe.run()
@@ -128,7 +128,7 @@ async def test_a_cold_lane_drops_the_files_first(tmp_path: Path) -> None:
 
 @pytest.mark.anyio
 async def test_a_lane_that_fails_in_the_middle_keeps_what_it_has(tmp_path: Path) -> None:
-    config = RuntimeConfig.of("demo", {"memory": "1GiB", "kv_cache_strategy": "resident", "cache_dir": tmp_path, "max_context_tokens": 40})
+    config = RuntimeConfig.of("demo", {"memory": "4GiB", "kv_cache_strategy": "resident", "cache_dir": tmp_path, "max_context_tokens": 40})
     probe = Probe(Work("session-growth", config, **{**SMALL, "session_turns": 9}))
     with pytest.raises(RequestError, match="max_context_tokens"):
         await probe.run()

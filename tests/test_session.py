@@ -25,7 +25,7 @@ TOKEN = 6 * 2 * 2 * 32 * 4
 LEAST = 1200
 TURNS = ["What is 17 + 25?", "Tell me a story about a cat.", "Count from 3 to 9.", "Which day comes after Monday?"]
 STORES: dict[str, dict[str, Any]] = {
-    "resident": {},
+    "resident": {"kv_cache_strategy": "resident"},
     "paged": {"kv_cache_strategy": "paged"},
     "tiered": {"kv_cache_strategy": "tiered-write-back"},
     "ring": {"kv_cache_strategy": "sliding-window-ring-buffer", "kv_cache_window_tokens": 4096},
