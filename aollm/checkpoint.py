@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Literal
 
+import anyio
 import anyio.to_thread
 
 from .disk.base import Disk, Extent, Priority
-from .errors import CheckpointError, DiskError, ModelError
+from .errors import CheckpointError, DiskError, ModelError, first_of
 from .export.checking import Progress, ignore
 from .export.opening import find_export, open_export
 from .tensors import AGAIN, MAX_TENSORS, PICKLES, TENSOR_NAME, check_tensor, guard, parse_json
@@ -25,6 +26,8 @@ from .tensors import Checkpoint as Checkpoint
 from .tensors import TensorEntry as TensorEntry
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+AT_ONCE = 8
+"""Headers that are read at a time."""
 HEADER_LIMIT, INDEX_LIMIT = 32 << 20, 16 << 20
 CONVERT = "transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
 SHARD_NAME = re.compile(r"\w[\w.\-]{0,240}\.safetensors", re.ASCII)
@@ -54,7 +57,7 @@ async def _open_published(folder: Path, disk: Disk) -> Checkpoint:
     name = await _first(folder, disk)
     picks = await _read_index(folder, disk) if name == INDEX else {}
     names = list(dict.fromkeys(picks.values())) if name == INDEX else [name]
-    shards = {shard: await _read_shard(folder, shard, disk) for shard in names}
+    shards = await _read_shards(folder, names, disk)
     tensors = await anyio.to_thread.run_sync(_merge, folder, shards, picks)
     files = tuple(str(folder / shard) for shard in names)
     return Checkpoint(folder, tensors, files, sum(entry.extent.nbytes for entry in tensors.values()))
@@ -188,6 +191,24 @@ async def _read_index(folder: Path, disk: Disk) -> dict[str, str]:
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}; {AGAIN}") from error
     return picks
+
+
+async def _read_shards(folder: Path, names: Sequence[str], disk: Disk) -> dict[str, dict[str, TensorEntry]]:
+    """The tensors of each shard, in the order of `names`; a few headers are read at a time."""
+    found: dict[str, dict[str, TensorEntry]] = {}
+    limiter = anyio.CapacityLimiter(AT_ONCE)
+
+    async def read(name: str) -> None:
+        async with limiter:
+            found[name] = await _read_shard(folder, name, disk)
+
+    try:
+        async with anyio.create_task_group() as group:
+            for name in names:
+                group.start_soon(read, name)
+    except BaseExceptionGroup as raised:
+        raise first_of(raised) from raised
+    return {name: found[name] for name in names}
 
 
 async def _read_shard(folder: Path, name: str, disk: Disk) -> dict[str, TensorEntry]:

@@ -25,12 +25,12 @@ from .maths.layers import linear
 from .mixing import Fetch, mix
 from .piece import LINE, Param, Piece
 
-SAMPLE_NBYTES = 128 << 20
+SAMPLE_NBYTES = 96 << 20
 """Memory for weights that are tried: more than caches hold, so that they come from memory as a pass's do. One weight has half
 of it with one row, and less with more, which take longer and read less."""
 TILE = 1 << 19
 """Random numbers that are made; the sample repeats them."""
-TIMES = {1: 3, 8: 3, 128: 1}
+TIMES = {1: 3, 8: 1, 32: 1, 128: 1}
 """Rows that are tried, and how often. What lies between is interpolated, what lies above goes on as steeply as from 0."""
 
 Curve = Mapping[int, float]
@@ -193,7 +193,7 @@ class Trial:
         return median(seconds)
 
     def _rows(self, rows: int) -> Tensor:
-        self._sample.most = int(self._sample.arena.nbytes / 2 / rows**0.5)
+        self._sample.most = int(self._sample.arena.nbytes / 2 / rows**0.25)
         return torch.randn(rows, self._family.hidden, generator=torch.Generator().manual_seed(rows)).to(self._family.dtype)
 
     def _stand(self, piece: Piece) -> Stand:

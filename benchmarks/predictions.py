@@ -112,7 +112,7 @@ def main() -> int:
     peaks = [ratio["peak_nbytes"] for ratio in ratios if "peak_nbytes" in ratio]
     result = {
         "bench": "predictions", "tokens": arguments.tokens, "rows": rows,
-        "within_20_percent": sum(1 / (1 + WITHIN) <= ratio <= 1 + WITHIN for ratio in speeds), "of": len(speeds),
+        "within_20_percent": sum(1 - WITHIN <= ratio <= 1 + WITHIN for ratio in speeds), "of": len(speeds),
         "peak_within_5_percent_and_not_under": sum(1 <= ratio <= 1 + PEAK_WITHIN for ratio in peaks), "peaks": len(peaks),
         "machine": machine_card(),
     }  # fmt: skip
