@@ -6,11 +6,12 @@ reached, so the first of them is waited for. It refuses to know how speeds are m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from .compute import Compute
 from .experts import Key
 from .families.base import Experts, Family
 from .maths.attention import BLOCK
@@ -20,10 +21,14 @@ from .prediction import FirstToken, Limiter, Prediction, Speed
 from .runtime_plan import RuntimePlan, history_nbytes
 from .stores.presets import PRESETS
 
+Probe = Callable[[], Awaitable[float | None]]
+"""Measures the drive: bytes per second, None where nothing is read again."""
 LATER = ("pinned weights", "kv", "activations", "experts")
 """Lines of the ledger whose memory is not in use yet while the processor is measured."""
 HOPS_S = 0.001
 """What a pass takes besides: its embedding rows, its draws, and the ways between threads."""
+ENTRY_S = 0.002
+"""What a request takes besides: its way to the engine, and its first token's way back."""
 SHORT = 1024
 """Tokens of a history that is called short."""
 PROMPTS = (32, 512, 4096)
@@ -59,7 +64,7 @@ class Forecast:
         experts = passes * self._missing_experts(rows)
         mixed_s = self.pace.mixed_s(prompt_tokens, plan.chunk_rows)
         turns_s = self._in_turns(self._read_s(experts * self.expert_nbytes), mixed_s, experts / passes)
-        return HOPS_S + max(read_s, self.pace.prefill_s(prompt_tokens, plan.chunk_rows)) + turns_s
+        return ENTRY_S + passes * HOPS_S + max(read_s, self.pace.prefill_s(prompt_tokens, plan.chunk_rows)) + turns_s
 
     def answer(self, prompt_tokens: int, new_tokens: int, requests: int = 1) -> tuple[float, float]:
         """Seconds until the first token of an answer, and until its last, while `requests` ride."""
@@ -120,7 +125,7 @@ class Forecast:
         """Seconds of reading `experts` and of computing with them: one is computed with while the next is read, but a layer's first
         is waited for."""
         a_layer = max(experts / max(len(self._mixtures), 1), 1.0)
-        return max(read_s, mixed_s) + min(read_s, mixed_s) / a_layer
+        return max(read_s, mixed_s) + min(read_s, mixed_s) / a_layer + (len(self._mixtures) * HOPS_S if experts else 0.0)
 
     def _disk_nbytes(self) -> int:
         """Keys and values of as many tokens as there can be."""
@@ -137,11 +142,14 @@ def _figures(first_s: float | None, last_s: float, tokens: int) -> dict[str, flo
     return {"first_token_seconds": first_s, "seconds": last_s, "tokens_per_second": rate}
 
 
-def foretell(
-    plan: RuntimePlan, family: Family, pieces: Sequence[Piece], experts: Mapping[Key, Piece], drive_bytes_per_second: float | None
+async def foretell(
+    plan: RuntimePlan, family: Family, pieces: Sequence[Piece], experts: Mapping[Key, Piece], compute: Compute, probe: Probe
 ) -> Forecast:  # fmt: skip
-    """The forecast for `plan`, the processor being measured now: for the compute thread, before weights are kept."""
+    """The forecast for `plan`, processor and drive being measured now, before weights are kept: the drive twice, of which
+    the better counts, for what has been idle needs a moment, and what others ask of it comes and goes."""
     room = sum(plan.ledger.get(line, 0) for line in LATER)
+    before = await probe() or 0.0
+    pace = await compute.run(measure, family, pieces, experts, min(room, SAMPLE_NBYTES))
+    drive = max(before, await probe() or 0.0) or None
     expert_nbytes = fmean(piece.read_nbytes for piece in experts.values()) if experts else 0.0
-    pace = measure(family, pieces, experts, min(room, SAMPLE_NBYTES))
-    return Forecast(plan, family, pace, drive_bytes_per_second, expert_nbytes)
+    return Forecast(plan, family, pace, drive, expert_nbytes)

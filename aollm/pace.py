@@ -32,6 +32,8 @@ TILE = 1 << 19
 """Random numbers that are made; the sample repeats them."""
 TIMES = {1: 3, 8: 1, 32: 1, 128: 1}
 """Rows that are tried, and how often. What lies between is interpolated, what lies above goes on as steeply as from 0."""
+MOST, SHORT_S = 5, 0.01
+"""How often, instead, what takes so few seconds is tried."""
 
 Curve = Mapping[int, float]
 """Seconds by rows."""
@@ -93,6 +95,7 @@ def measure(family: Family, pieces: Sequence[Piece], experts: Mapping[Key, Piece
     trial = Trial(family, experts, Sample(min(most_nbytes, 2 * whole)))
     kinds = _kinds(pieces)
     steps, mixtures, head, block = (dict[int, float]() for _ in range(4))
+    trial.warm_up([piece for piece, _ in kinds])
     for rows in TIMES:
         ran = [(piece.step, count * trial.step_s(piece, rows)) for piece, count in kinds if piece.step is not None]
         steps[rows] = sum(seconds for step, seconds in ran if step.experts is None)
@@ -164,6 +167,14 @@ class Trial:
         self._stands: list[Stand] = []
         self._heads = 1
 
+    def warm_up(self, pieces: Sequence[Piece]) -> None:
+        """The first time takes longer: it is not counted."""
+        rows = max(TIMES)
+        x, angles = self._rows(rows), self._family.angles(torch.arange(rows), rows)
+        for piece in pieces:
+            if piece.step is not None:
+                self._run(piece.step, self._stand(piece), x, angles)
+
     def step_s(self, piece: Piece, rows: int) -> float:
         """Seconds of one step on `rows` rows, attention left out."""
         step = piece.step
@@ -184,8 +195,8 @@ class Trial:
         return self._median(rows, lambda: attend(queries, [Block(0, keys, keys)], BLOCK, kv.head_dim**-0.5)) if kv.layers else 0.0
 
     def _median(self, rows: int, work: Callable[[], object]) -> float:
-        seconds = []
-        for _ in range(TIMES[rows]):
+        seconds: list[float] = []
+        while len(seconds) < TIMES[rows] or (len(seconds) < MOST and sum(seconds) < SHORT_S):
             self._stands = []
             start = perf_counter()
             work()

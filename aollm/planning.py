@@ -11,7 +11,7 @@ from typing import Any
 from .buffers import Ring
 from .compute import Compute
 from .disk.auto import open_disk
-from .forecast import Forecast, foretell
+from .forecast import foretell
 from .port import Port
 from .probe import CHUNK, drive_speed, folder_speed
 from .reference import describe
@@ -40,16 +40,20 @@ async def look(config: RuntimeConfig) -> Choice:
         disk, reason = open_disk(config.disk_backend, port, folder)
         try:
             choice = await choose(config, folder, disk, reason)
-            if (found := choice.found) is None or choice.plan.device_memory:
+            if choice.found is None or choice.plan.device_memory:
                 return choice
-            drive = None
-            if found.streamed and found.checkpoint.files:
-                drive = await drive_speed(disk, found.streamed, Ring(2 * CHUNK))
-            elif found.streamed:  # its weights are not here yet
-                drive = await folder_speed(disk, folder, Ring(2 * CHUNK))
+            found, ring = choice.found, Ring(2 * CHUNK)
+
+            async def probe() -> float | None:
+                if not found.streamed:
+                    return None
+                if not found.checkpoint.files:  # its weights are not here yet
+                    return await folder_speed(disk, folder, ring)
+                return await drive_speed(disk, found.streamed, ring)
+
             compute = Compute(port, threads())
             try:
-                forecast: Forecast = await compute.run(foretell, choice.plan, found.family, found.pieces, found.experts, drive)
+                forecast = await foretell(choice.plan, found.family, found.pieces, found.experts, compute, probe)
             finally:
                 compute.close()
             return replace(choice, plan=replace(choice.plan, predicted=forecast.prediction()))

@@ -5,35 +5,48 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 
 import anyio
 import psutil
+from numpy import frombuffer, uint8
 
-from .buffers import PAGE, Ring
+from .buffers import PAGE, Ring, pages
 from .disk.base import Disk, Extent
 from .errors import first_of
 
 CHUNK = 32 << 20
-PROBE_NBYTES = 256 << 20
+PROBE_NBYTES = 128 << 20
+
+Read = list[tuple[Extent, int]]
+"""Extents that are read together, and where each begins in memory."""
 
 
 async def drive_speed(disk: Disk, extents: Sequence[Extent], ring: Ring, nbytes: int = PROBE_NBYTES) -> float:
-    """Bytes per second of reading about `nbytes` of `extents` the way weights are read: same files, same pieces, two
-    chunks of the ring at a time. The first chunks only warm up: memory that was never touched takes time of its own."""
+    """Bytes per second of reading about `nbytes` of `extents` the way weights are read: as many of them at a time as fill a
+    chunk of the ring, two chunks at a time. Memory that was never touched takes time of its own, so it is touched before, and
+    the first two chunks only warm up."""
     chunk = min(CHUNK, ring.arena.nbytes // 2 // PAGE * PAGE)
     leases = [await ring.take(chunk), await ring.take(chunk)]
     memories = [ring.arena.bytes[lease.offset : lease.offset + lease.nbytes] for lease in leases]
-    parts = [part for extent in extents for part in _parts(extent, chunk - PAGE)][: 2 + nbytes // chunk]
-    await _read(disk, iter(parts[:2]), memories)
+    for memory in memories:
+        frombuffer(memory, uint8)[::PAGE] = 0
+    reads = _reads(extents, chunk)
+    first = list(islice(reads, 2))
+    await _read(disk, iter(first), memories)
+    parts: list[Read] = []
+    while _nbytes(parts) < nbytes and (read := next(reads, None)) is not None:
+        parts.append(read)
+    parts = parts or first
     start = perf_counter()
-    await _read(disk, iter(parts[2:] or parts), memories)
+    await _read(disk, iter(parts), memories)
     seconds = perf_counter() - start
     for lease in leases:
         lease.release()
-    return sum(part.nbytes for part in parts[2:] or parts) / seconds
+    return _nbytes(parts) / seconds
 
 
 async def folder_speed(disk: Disk, folder: Path, ring: Ring, nbytes: int = PROBE_NBYTES) -> float | None:
@@ -91,11 +104,10 @@ def memory_budget(asked: int | None) -> tuple[int, int]:
     return asked or in_use + int(free_memory() * 0.9), in_use
 
 
-async def _read(disk: Disk, parts: Iterator[Extent], memories: Sequence[memoryview]) -> None:
+async def _read(disk: Disk, reads: Iterator[Read], memories: Sequence[memoryview]) -> None:
     async def reader(memory: memoryview) -> None:
-        for part in parts:
-            start = part.offset % PAGE
-            await disk.read_into([part], [memory[start : start + part.nbytes]])
+        for read in reads:
+            await disk.read_into([extent for extent, _ in read], [memory[at : at + extent.nbytes] for extent, at in read])
 
     try:
         async with anyio.create_task_group() as group:
@@ -105,8 +117,25 @@ async def _read(disk: Disk, parts: Iterator[Extent], memories: Sequence[memoryvi
         raise first_of(raised) from raised
 
 
-def _parts(extent: Extent, nbytes: int) -> list[Extent]:
-    return [Extent(extent.file, at, min(nbytes, extent.end - at)) for at in range(extent.offset, extent.end, nbytes)]
+def _reads(extents: Iterable[Extent], room: int) -> Iterator[Read]:
+    """As many extents, or parts of them, as fill `room` bytes, again and again."""
+    read: Read = []
+    end = 0
+    for extent in extents:
+        for first in range(extent.offset, extent.end, room - PAGE):
+            part = Extent(extent.file, first, min(room - PAGE, extent.end - first))
+            at = pages(end) + first % PAGE
+            if at + part.nbytes > room:
+                yield read
+                read, at = [], first % PAGE
+            read.append((part, at))
+            end = at + part.nbytes
+    if read:
+        yield read
+
+
+def _nbytes(reads: Sequence[Read]) -> int:
+    return sum(extent.nbytes for read in reads for extent, _ in read)
 
 
 def _group_limits() -> Iterator[int]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
+from random import sample
 from typing import Any
 
 import anyio.to_thread
@@ -36,7 +36,7 @@ AUTO = "auto"
 GLANCE = 4 << 20
 """Bytes that are read at a time to see whether a drive is slow."""
 PROBED = 256
-"""Experts that are enough to measure the drive with."""
+"""Pieces that are enough to measure the drive with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +69,12 @@ class Survey:
 
     @property
     def streamed(self) -> list[Extent]:
-        """What is read again and again: the pieces that are not kept, or else experts where not all have room."""
+        """Some of what is read again and again, from all over the model: pieces that are not kept, or else experts where not all
+        have room."""
         pieces = [piece for index, piece in enumerate(self.pieces) if index not in self.plan.pinned]
         if not pieces and self.plan.expert_slots < self.plan.experts:
-            pieces = list(islice(self.experts.values(), PROBED))
-        return [extent for piece in pieces for extent, _ in piece.reads]
+            pieces = list(self.experts.values())
+        return [extent for piece in sample(pieces, min(len(pieces), PROBED)) for extent, _ in piece.reads]
 
 
 async def survey(config: RuntimeConfig, folder: Path, disk: Disk, reason: str, here: bool = True, on: Device | None = None) -> Survey:

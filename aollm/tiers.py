@@ -116,11 +116,7 @@ async def open_native(means: Means, found: Survey, cleanup: AsyncExitStack) -> T
     berths = Berths.of(device, found.experts.values(), trace)
     if berths is not None:
         cleanup.callback(berths.forget)
-    drive = await drive_speed(disk, found.streamed, weights.ring if weights.streamed else Ring(2 * CHUNK)) if found.streamed else None
-    forecast: Forecast | None = None  # of a device nothing was measured
-    if not plan.device_memory:
-        with suppress(*FOREIGN, ModelError):  # a step that cannot be run does not hold what is checked below
-            forecast = await compute.run(foretell, plan, family, found.pieces, found.experts, drive)
+    drive, forecast = await _measured(means, found, weights)
     await weights.pin()
     norm = await compute.run(device.put, await _read_norm(family, found.checkpoint, disk))
     await compute.run(found.adapters.place, device.put)
@@ -143,6 +139,20 @@ async def open_native(means: Means, found: Survey, cleanup: AsyncExitStack) -> T
     adaptation = Adaptation(config, plan, engine, cache, disk, trace, open_elsewhere, least_rows)
     engine.between = adaptation.between
     return Tier(plan, found.text, engine, found.tower, found.adapters, cache, drive, forecast, adaptation)
+
+
+async def _measured(means: Means, found: Survey, weights: Weights) -> tuple[float | None, Forecast | None]:
+    """How fast the drive is, and the forecast: none of a device, of which nothing is measured."""
+    ring = weights.ring if weights.streamed else Ring(2 * CHUNK)
+
+    async def probe() -> float | None:
+        return await drive_speed(means.disk, found.streamed, ring) if found.streamed else None
+
+    if not found.plan.device_memory:
+        with suppress(*FOREIGN, ModelError):  # a step that cannot be run does not hold what is checked later
+            forecast = await foretell(found.plan, found.family, found.pieces, found.experts, means.compute, probe)
+            return forecast.drive_bytes_per_second, forecast
+    return await probe(), None
 
 
 async def _open_cache(means: Means, found: Survey) -> tuple[Survey, Cache]:

@@ -27,11 +27,11 @@ from ..disk.owner import check_folder
 from ..errors import DiskError, StoreError
 from ..meter import amount, rate
 from ..port import Port
-from ..probe import CHUNK, PROBE_NBYTES, drive_speed
+from ..probe import CHUNK, drive_speed
 from .check import Check
 
 Tell = Callable[[str], object]
-BLOCK, WRITING_S, READING_S = 8 << 20, 3.0, 4.0
+DRIVE_NBYTES, BLOCK, WRITING_S, READING_S = 256 << 20, 8 << 20, 3.0, 4.0
 LEAST_FREE, SLOW = 10 << 30, 300e6
 MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 NETWORK = re.compile(
@@ -105,7 +105,7 @@ def check_free_disk(folder: Path) -> Check:
     return Check("free disk", "ok", told, None, figures)
 
 
-async def check_drive(folder: Path, tell: Tell, nbytes: int = PROBE_NBYTES) -> list[Check]:
+async def check_drive(folder: Path, tell: Tell, nbytes: int = DRIVE_NBYTES) -> list[Check]:
     """Whether the drive of `folder` is read past the page cache, and how fast it is written and read: a file of `nbytes`, or
     what can be written of it in three seconds."""
     there = existing(folder)
@@ -137,10 +137,10 @@ async def check_weights_drive(files: Sequence[tuple[str, int]], tell: Tell) -> C
     tell("reading weights")
     file, nbytes = max(files, key=lambda each: each[1])
     try:
-        speed = await _read(Path(file).parent, [Extent(file, 0, min(nbytes, PROBE_NBYTES))])
+        speed = await _read(Path(file).parent, [Extent(file, 0, min(nbytes, DRIVE_NBYTES))])
     except DiskError as error:
         return Check("weights", "problem", str(error), "look at the system's log: the drive fails")
-    told = f"less than {rate(PROBE_NBYTES / READING_S)}" if speed is None else rate(speed)
+    told = f"less than {rate(DRIVE_NBYTES / READING_S)}" if speed is None else rate(speed)
     return Check("weights", "ok", f"read at {told}, of {Path(file).name}", None, {"bytes_per_second": speed})
 
 
@@ -231,7 +231,7 @@ async def _read(folder: Path, extents: Sequence[Extent]) -> float | None:
         disk, _ = open_disk("auto", port, folder)
         try:
             with anyio.move_on_after(READING_S):
-                return await drive_speed(disk, extents, Ring(2 * CHUNK), PROBE_NBYTES)
+                return await drive_speed(disk, extents, Ring(2 * CHUNK), DRIVE_NBYTES)
             return None
         finally:
             with anyio.CancelScope(shield=True):
