@@ -12,12 +12,12 @@ from .buffers import Ring
 from .compute import Compute
 from .disk.auto import open_disk
 from .forecast import foretell
+from .outlook import Outlook, choose
 from .port import Port
 from .probe import CHUNK, drive_speed, folder_speed
 from .reference import describe
 from .runtime_plan import RuntimePlan
 from .settings import RuntimeConfig
-from .tiers import Choice, choose
 
 
 async def plan(model: RuntimeConfig | str | Path, **fields: Any) -> RuntimePlan:
@@ -33,16 +33,16 @@ async def plan(model: RuntimeConfig | str | Path, **fields: Any) -> RuntimePlan:
     return (await look(RuntimeConfig.of(model, fields))).plan
 
 
-async def look(config: RuntimeConfig) -> Choice:
+async def look(config: RuntimeConfig) -> Outlook:
     """The plan and what it was made of."""
     folder = await describe(config.model_reference, config.models_dir, config.force_download)
     async with Port() as port:
         disk, reason = open_disk(config.disk_backend, port, folder)
         try:
-            choice = await choose(config, folder, disk, reason)
-            if choice.found is None or choice.plan.device_memory:
-                return choice
-            found, ring = choice.found, Ring(2 * CHUNK)
+            outlook = await choose(config, folder, disk, reason)
+            if outlook.found is None or outlook.plan.device_memory:
+                return outlook
+            found, ring = outlook.found, Ring(2 * CHUNK)
 
             async def probe() -> float | None:
                 if not found.streamed:
@@ -53,10 +53,10 @@ async def look(config: RuntimeConfig) -> Choice:
 
             compute = Compute(port, threads())
             try:
-                forecast = await foretell(choice.plan, found.family, found.pieces, found.experts, compute, probe)
+                forecast = await foretell(outlook.plan, found.family, found.pieces, found.experts, compute, probe)
             finally:
                 compute.close()
-            return replace(choice, plan=replace(choice.plan, predicted=forecast.prediction()))
+            return replace(outlook, plan=replace(outlook.plan, predicted=forecast.prediction()))
         finally:
             await disk.aclose()
 

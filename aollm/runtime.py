@@ -24,6 +24,7 @@ from .disk.auto import open_disk
 from .disk.base import Disk
 from .errors import ConfigError, DiskError, RequestError, SpecializationError, first_of
 from .forecast import Forecast
+from .outlook import NOT_PLANNED, turned_away, wants_native
 from .port import Port
 from .prompt import Prompt, encode
 from .reference import find
@@ -36,7 +37,7 @@ from .stores.cache import Cache
 from .stream import Choice, Completion, TokenStream, Usage
 from .survey import survey
 from .text import Text
-from .tiers import NOT_PLANNED, Carousel, Means, Tier, open_generic, open_native, shielded, turned_away, wants_native
+from .tiers import Carousel, Means, Tier, open_generic, open_native, shielded
 from .trace import Trace, profile
 
 

@@ -22,7 +22,7 @@ ROWS = [
     "placement piece supply weights berths experts adapters item mixing towers embedding request batch itinerary drawing "
     "sweep gathering shift engine stream pace generic",
     "demo text media configuration values settings prompt download hub reference selector prediction room "
-    "runtime_plan forecast fit blueprint survey kv passes adaptation tiers planning session runtime inventory anatomy",
+    "runtime_plan forecast fit blueprint survey kv passes adaptation outlook tiers planning session runtime inventory anatomy",
     "terminal options parser lanes meter client inference server bench checkup commands cli __main__",
 ]
 ORDER = [room for row in ROWS for room in row.split()]

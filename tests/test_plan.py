@@ -20,11 +20,11 @@ from aollm.checkpoint import INDEX
 from aollm.disk.base import Extent, Priority, Span
 from aollm.disk.threads import ThreadsDisk
 from aollm.forecast import ENTRY_S, HOPS_S, Forecast
+from aollm.outlook import Outlook, choose
 from aollm.pace import Pace, at
 from aollm.planning import look, plan
 from aollm.port import Port
 from aollm.probe import drive_speed
-from aollm.tiers import Choice, choose
 
 pytestmark = [pytest.mark.anyio]
 
@@ -128,8 +128,8 @@ async def test_the_drive_is_measured_by_reading_what_it_says(tmp_path: Path, nby
 async def test_headers_of_126_layers_are_enough(tmp_path: Path) -> None:
     """810 GB of weights, of which there is nothing but the headers: the files have holes in their place."""
     nbytes = big(tmp_path)
-    choice = await look(RuntimeConfig.of(tmp_path, {"memory": "16GiB", "max_context_tokens": 4096}))
-    plan = choice.plan
+    outlook = await look(RuntimeConfig.of(tmp_path, {"memory": "16GiB", "max_context_tokens": 4096}))
+    plan = outlook.plan
     assert plan.weights_nbytes == pytest.approx(nbytes, rel=0.01)
     assert len(plan.placement) == 252 + sum(label.startswith("head") for label in plan.pieces)
     assert plan.predicted is not None and plan.predicted.drive_bytes_per_second is not None
@@ -190,11 +190,11 @@ class Noting(ThreadsDisk):
 async def test_choosing_reads_headers_and_nothing_else(folder: Path) -> None:
     async with Port() as port:
         disk = Noting(port)
-        choice = await choose(RuntimeConfig.of(folder, WHOLE), folder, disk, "as given")
+        outlook = await choose(RuntimeConfig.of(folder, WHOLE), folder, disk, "as given")
         await disk.aclose()
-    assert choice.found is not None
-    data = {entry.extent.file: entry.extent.offset for entry in choice.found.checkpoint.tensors.values()}
-    for entry in choice.found.checkpoint.tensors.values():
+    assert outlook.found is not None
+    data = {entry.extent.file: entry.extent.offset for entry in outlook.found.checkpoint.tensors.values()}
+    for entry in outlook.found.checkpoint.tensors.values():
         data[entry.extent.file] = min(data[entry.extent.file], entry.extent.offset)
     assert {extent.file for extent in disk.extents} >= set(data)
     assert all(extent.end <= data.get(extent.file, extent.end) for extent in disk.extents)
@@ -243,25 +243,25 @@ def test_between_and_beyond_the_rows_that_were_tried(rows: int, seconds: float) 
 NOTHING = dict.fromkeys(EVEN, 0.0)
 
 
-def forecast(choice: Choice, drive: float | None, mixed: bool = False, **changes: Any) -> Forecast:
+def forecast(outlook: Outlook, drive: float | None, mixed: bool = False, **changes: Any) -> Forecast:
     """Of a model whose rows take a second for one and two for eight, in its mixtures or else its other layers, and nothing else."""
     pace = Pace(*((NOTHING, EVEN) if mixed else (EVEN, NOTHING)), NOTHING, NOTHING, ())
-    assert choice.found is not None
-    return Forecast(replace(choice.plan, **changes), choice.found.family, pace, drive, 100.0)
+    assert outlook.found is not None
+    return Forecast(replace(outlook.plan, **changes), outlook.found.family, pace, drive, 100.0)
 
 
 @ONE_LOOP
 async def test_a_pass_takes_the_longer_of_reading_and_computing(folder: Path) -> None:
-    choice = await look(RuntimeConfig.of(folder, WHOLE))
+    outlook = await look(RuntimeConfig.of(folder, WHOLE))
     sizes = {"streamed_nbytes_per_pass": 6_000, "kv_tokens": 100, "kv_nbytes_per_token": 10, "max_rows": 64, "chunk_rows": 64}
-    slow, fast = forecast(choice, 2_000.0, **sizes), forecast(choice, 60_000.0, **sizes)
+    slow, fast = forecast(outlook, 2_000.0, **sizes), forecast(outlook, 60_000.0, **sizes)
     assert slow.decode(1, 50).seconds_per_pass == pytest.approx(3 + HOPS_S)
     assert (slow.decode(1, 50).limiter, slow.decode(1, 50).bytes_per_pass) == ("disk", 6_000)
     assert slow.decode(8, 50).tokens_per_second == pytest.approx(8 / (3 + HOPS_S))
     assert fast.decode(8, 50).seconds_per_pass == pytest.approx(2 + HOPS_S)
     assert fast.decode(8, 50).limiter == "memory"
-    assert forecast(choice, None, **sizes).decode(1, 50).seconds_per_pass == pytest.approx(1 + HOPS_S)
-    on_disk = forecast(choice, 2_000.0, **sizes, kv_cache_strategy="paged")
+    assert forecast(outlook, None, **sizes).decode(1, 50).seconds_per_pass == pytest.approx(1 + HOPS_S)
+    on_disk = forecast(outlook, 2_000.0, **sizes, kv_cache_strategy="paged")
     assert on_disk.decode(2, 150).bytes_per_pass == 6_000 + (300 - 100) * 10
     assert fast.first_token(128) == pytest.approx(2 * at(EVEN, 64) + 2 * HOPS_S + ENTRY_S)
     assert slow.first_token(64) == pytest.approx(at(EVEN, 64) + HOPS_S + ENTRY_S)
@@ -272,15 +272,15 @@ async def test_a_pass_takes_the_longer_of_reading_and_computing(folder: Path) ->
 
 @ONE_LOOP
 async def test_experts_take_turns_with_computing(folders: dict[str, Path]) -> None:
-    choice = await look(RuntimeConfig.of(folders["mixtral"], WHOLE))  # three layers of eight experts, two of which a row takes
+    outlook = await look(RuntimeConfig.of(folders["mixtral"], WHOLE))  # three layers of eight experts, two of which a row takes
     sizes = {"streamed_nbytes_per_pass": 0, "expert_slots": 6}
-    found = forecast(choice, 150.0, **sizes)
+    found = forecast(outlook, 150.0, **sizes)
     assert found.decode(1, 10).bytes_per_pass == 3 * 2 * 100 * 3 // 4  # a quarter of them are in memory
     assert found.decode(1, 10).seconds_per_pass == pytest.approx(1 + 450 / 150 + 4 * HOPS_S)  # a pass, and three layers of experts
     assert found.decode(8, 10).bytes_per_pass == pytest.approx(3 * 8 * (1 - 0.75**8) * 75, abs=1)
-    mixed = forecast(choice, 150.0, mixed=True, **sizes)  # one and a half a layer, so two thirds of a second are not hidden
+    mixed = forecast(outlook, 150.0, mixed=True, **sizes)  # one and a half a layer, so two thirds of a second are not hidden
     assert mixed.decode(1, 10).seconds_per_pass == pytest.approx(3 + 1 / 1.5 + 4 * HOPS_S)
-    assert forecast(choice, 1e9, mixed=True, **sizes).decode(1, 10).seconds_per_pass == pytest.approx(1 + 4 * HOPS_S, abs=1e-4)
+    assert forecast(outlook, 1e9, mixed=True, **sizes).decode(1, 10).seconds_per_pass == pytest.approx(1 + 4 * HOPS_S, abs=1e-4)
 
 
 @ONE_LOOP

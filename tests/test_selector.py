@@ -14,12 +14,12 @@ import tiny
 
 from aollm import AollmError, MemoryBudgetError, MemoryDisk, Runtime, StoreError
 from aollm.disk.auto import open_disk
+from aollm.outlook import choose
 from aollm.port import Port
 from aollm.probe import free_disk, same_drive
 from aollm.selector import FEW, RULES, SLOW, USUAL_TOKENS, Inputs, select
 from aollm.settings import RuntimeConfig
 from aollm.stores.presets import PRESETS
-from aollm.tiers import choose
 
 ASYNC = pytest.mark.anyio
 ONE_LOOP = pytest.mark.parametrize("anyio_backend", ["asyncio"], scope="module")

@@ -42,10 +42,10 @@ from aollm.families import FAMILIES, TOWERS
 from aollm.families.base import Angles, Params, Route, Step, Work
 from aollm.families.llama import Llama
 from aollm.families.siglip import Siglip
+from aollm.outlook import choose
 from aollm.passes import Assembled, validated
 from aollm.port import Port
 from aollm.survey import survey
-from aollm.tiers import choose
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(100)]
 

@@ -23,12 +23,12 @@ import anyio.to_thread
 from ..compute import Compute
 from ..disk.auto import open_disk
 from ..errors import StoreError
+from ..outlook import choose
 from ..port import Port
 from ..reference import find
 from ..runtime import Runtime
 from ..session import Session
 from ..settings import RuntimeConfig
-from ..tiers import choose
 from . import pagecache
 from .figures import Measured, measured
 from .measure import random_prompts
@@ -184,7 +184,7 @@ class Probe:
                 self._deadline = perf_counter() + self._work.seconds
                 for number in range(ROUNDS):
                     start, cpu_s = perf_counter(), process_time()
-                    choice = await choose(config, folder, disk, reason)
+                    outlook = await choose(config, folder, disk, reason)
                     if not number:
                         self._facts["first_seconds"] = perf_counter() - start
                         continue
@@ -195,7 +195,7 @@ class Probe:
                         break
             finally:
                 await disk.aclose()
-        self._facts["plan"] = {name: getattr(choice.plan, name) for name in PLANNED}
+        self._facts["plan"] = {name: getattr(outlook.plan, name) for name in PLANNED}
 
     async def _turn(self, runtime: Runtime, session: Session, turn: int) -> Measured:
         """One turn of a conversation; its point holds that turn of all conversations."""

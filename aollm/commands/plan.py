@@ -10,13 +10,13 @@ import anyio
 
 from ..buffers import size
 from ..meter import amount, rate, speed
+from ..outlook import Outlook
 from ..planning import look
 from ..runtime_plan import RuntimePlan
 from ..settings import RuntimeConfig
 from ..stores.presets import PRESETS
 from ..survey import Survey
 from ..terminal import Terminal, spinner
-from ..tiers import Choice
 from . import runtime_config
 
 BLOCKS = {"host": "█", "device": "▓", "disk": "░"}
@@ -26,17 +26,17 @@ def main(terminal: Terminal, options: Mapping[str, Any]) -> int:
     """Print the plan. Raises `AollmError` when the model cannot be used, or not in this memory."""
     config = runtime_config(options)
     terminal.status(lambda: [[(f"{spinner()} ", "cyan"), ("reading headers, measuring drive and processor", "dim")]])
-    choice = anyio.run(look, config)
+    outlook = anyio.run(look, config)
     terminal.status(None)
     if options.get("json"):
-        terminal.text(json.dumps(choice.plan.as_dict()) + "\n")
+        terminal.text(json.dumps(outlook.plan.as_dict()) + "\n")
     else:
-        _print(terminal, choice.found.config if choice.found is not None else config, choice)
+        _print(terminal, outlook.found.config if outlook.found is not None else config, outlook)
     return 0
 
 
-def _print(terminal: Terminal, config: RuntimeConfig, choice: Choice) -> None:
-    plan = choice.plan
+def _print(terminal: Terminal, config: RuntimeConfig, outlook: Outlook) -> None:
+    plan = outlook.plan
     terminal.line()
     terminal.line([(f"  {plan.model}", "bold"), (f"  {plan.family}, {plan.dtype}, {amount(plan.weights_nbytes)} of weights", "")])
     terminal.line()
@@ -52,7 +52,7 @@ def _print(terminal: Terminal, config: RuntimeConfig, choice: Choice) -> None:
         terminal.line([(f"  {name:<28}", ""), (f"{size(nbytes):>12}", "cyan")])
     terminal.line([(f"  {'memory, of at most':<28}", ""), (f"{size(sum(plan.ledger.values())):>12} of {size(plan.memory)}", "cyan")])
     terminal.line()
-    for name, value in (*_tier(plan), *_rows(config, plan, choice.found), *_foretold(plan)):
+    for name, value in (*_tier(plan), *_rows(config, plan, outlook.found), *_foretold(plan)):
         terminal.line([(f"  {name:<13}", ""), (value, "cyan")])
     terminal.line()
 
