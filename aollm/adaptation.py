@@ -18,7 +18,8 @@ from .engine import Engine
 from .errors import AollmError
 from .kv import cache_state
 from .passes import writes
-from .runtime_plan import RuntimePlan
+from .request import Request
+from .runtime_plan import RuntimePlan, moved
 from .settings import RuntimeConfig
 from .stores.cache import Cache
 from .stores.home import Home
@@ -169,7 +170,9 @@ class Adaptation:
     ) -> None:  # fmt: skip
         self.config = config
         self.applied: tuple[Applied, ...] = ()
-        self._plan, self._engine, self._cache, self._disk, self._trace = plan, engine, cache, disk, trace
+        self.plan = plan
+        """As it is carried out at this moment."""
+        self._engine, self._cache, self._disk, self._trace = engine, cache, disk, trace
         self._open_home, self._least_rows = open_home, least_rows
         self._looked = -1, -1
         self._begin()
@@ -184,10 +187,14 @@ class Adaptation:
         trouble = (writer.failure or writer.trouble) if writer is not None else None
         return Signals(
             self.config.kv_cache_strategy, self.config.strategy_selector_profile, cache.lifecycle.persistent,
-            served, waited, refused, displaced, self._engine.most_tokens, self._plan.kv_tokens,
+            served, waited, refused, displaced, self._engine.most_tokens, self.plan.kv_tokens,
             cache.pool.all_rows // max(cache.pool.layers, 1), dropped, spilled_tokens, spilled_nbytes, self._stall_share(), misses,
             str(trouble) if trouble is not None else None,
         )  # fmt: skip
+
+    def note(self, request: Request) -> None:
+        """A request is over: its cache state is that of now, before it gives back what it held."""
+        request.cache_state = self.state()
 
     async def between(self) -> None:
         """Nobody rides: carry out what is recommended, if that was asked for. Errors are told of, and nothing has changed then."""
@@ -203,7 +210,7 @@ class Adaptation:
     def state(self) -> dict[str, Any]:
         """`cache_state`, with what is recommended and what was done."""
         found = cache_state(self.config, self._cache)
-        found["cache_mode"] = "disk-kv" if self._cache.records is not None else "resident-kv"
+        found |= {"kv_cache_strategy": self.config.kv_cache_strategy, "cache_mode": self.plan.cache_mode}
         found["adaptation"] = None
         if self.config.kv_cache_adaptation_mode != "disabled":
             signals = self.signals()
@@ -239,6 +246,7 @@ class Adaptation:
             return replace(done, failed=str(error), seconds=perf_counter() - start)
         self.config = config
         self._engine.limits = replace(self._engine.limits, rows=max(home.most_rows, self._least_rows))
+        self.plan = moved(self.plan, found.strategy, self._engine.limits.rows, observed)
         seen = observed if trouble is None else f"what was left could not be removed: {trouble}"
         return replace(done, seconds=perf_counter() - start, cut_off_tokens=cut_off, observed=seen)
 

@@ -20,10 +20,11 @@ from .disk.base import Disk
 from .errors import ModelError, SpecializationError
 from .export.manifest import LIMIT, NAME, parse_manifest
 from .export.opening import find_export
-from .families import TOWERS
+from .families import TOWERS, unread_quantization
 from .families.base import Family, Need, Tower
+from .families.quantization import quantization
 from .hub import TOKENIZERS
-from .inventory import BY_ITSELF, disk_nbytes, quantization
+from .inventory import disk_nbytes
 from .piece import dtype_of, expert_pieces, pieces_of, step_piece
 from .survey import build_family
 
@@ -109,7 +110,7 @@ async def anatomy(folder: Path, disk: Disk) -> Anatomy:
 
 def parameters(described: Mapping[str, Any], checkpoint: Checkpoint) -> int | None:
     """How many numbers the weights are; None where they are packed in a way that is not known."""
-    if quantization(described) not in (None, BY_ITSELF):
+    if unread_quantization(described) is not None:
         return None
     return sum(_numbers(entry.name, entry.shape, entry.dtype == "U8") for entry in checkpoint.tensors.values())
 
@@ -180,20 +181,18 @@ def _build(described: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Family
 
 def _generic(described: Mapping[str, Any], checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
     """What transformers knows of it. Imports transformers; blocking."""
-    from .generic.kind import kind_of, read_config
+    from .generic.kind import kind_of, read_config, refusal
     from .generic.plan import kv_token_nbytes, stored_dtype
 
     kind = kind_of(described)
     if kind is None:
-        name = described.get("model_type")
-        return {**dict.fromkeys(UNKNOWN), "towers": (), "tier_reason": f"transformers has no model of type {name!r} that generates text"}
+        return {**dict.fromkeys(UNKNOWN), "towers": (), "tier_reason": refusal(described)}
     config = read_config(folder)
     text, dtype = config.get_text_config(decoder=True), stored_dtype(config, checkpoint)
     own = {name: _first(described, keys) for name, keys in NAMES.items()}
     return {
         **dict.fromkeys(UNKNOWN), **own, "tier": "transformers-generic", "towers": (), "dtype": str(dtype).removeprefix("torch."),
         "kv_nbytes_per_token": kv_token_nbytes(text, dtype),
-        "active_parameters": None,
     }  # fmt: skip
 
 

@@ -88,10 +88,16 @@ def _tensors(need: Need) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield name, (need.shape[0] * (number + 1) // count - need.shape[0] * number // count, *rest)
 
 
+def dtype_named(described: Mapping[str, Any]) -> str | None:
+    """The dtype that `config.json` names, of the model or of its language model."""
+    inner = described.get("text_config")
+    parts = (described, inner if isinstance(inner, Mapping) else {})
+    return next((part[key] for part in parts for key in ("dtype", "torch_dtype") if isinstance(part.get(key), str)), None)
+
+
 def _dtype(described: Mapping[str, Any]) -> torch.dtype:
     """What `config.json` says that weights are stored as; float32 where it does not, as transformers has it."""
-    parts = (described, described.get("text_config") or {})
-    name = next((part[key] for part in parts for key in ("dtype", "torch_dtype") if isinstance(part.get(key), str)), "float32")
+    name = dtype_named(described) or "float32"
     known = {str(dtype).removeprefix("torch."): dtype for dtype in CODE if dtype.is_floating_point}
     if name not in known:
         raise ModelError(f"config.json: dtype {name!r} is not one that weights are streamed in; that is {', '.join(known)}")

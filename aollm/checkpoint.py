@@ -20,7 +20,7 @@ from .disk.base import Disk, Extent, Priority
 from .errors import CheckpointError, DiskError, ModelError, first_of
 from .export.checking import Progress, ignore
 from .export.opening import find_export, open_export
-from .tensors import AGAIN, MAX_TENSORS, PICKLES, TENSOR_NAME, check_tensor, guard, parse_json
+from .tensors import AGAIN, GGUF, MAX_TENSORS, NO_GGUF, PICKLES, TENSOR_NAME, check_tensor, guard, parse_json
 from .tensors import DTYPES as DTYPES
 from .tensors import Checkpoint as Checkpoint
 from .tensors import TensorEntry as TensorEntry
@@ -91,8 +91,24 @@ async def read_json(path: Path, limit: int = 16 << 20) -> dict[str, Any]:
 
     try:
         return await anyio.to_thread.run_sync(read)
+    except FileNotFoundError as error:
+        if path.name != "config.json":
+            raise ModelError(f"{path} is missing; check the path, or download the file again") from error
+        advice = "give the folder that has one beside the *.safetensors files, or download the model into it"
+        raise ModelError(f"{path.parent} is no model's folder: it has no {path.name}; {await _gguf(path.parent) or advice}") from error
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be used: {error}; check the path, or download the file again") from error
+        why = error.strerror or error if isinstance(error, OSError) else error
+        raise ModelError(f"{path} cannot be used: {why}; check the path, or download the file again") from error
+
+
+async def _gguf(folder: Path) -> str | None:
+    """What to do about the GGUF file in `folder`, if there is one."""
+    try:
+        names = await anyio.to_thread.run_sync(os.listdir, folder)
+    except OSError:
+        return None
+    found = sorted(name for name in names if name.endswith(GGUF))
+    return f"{found[0]} cannot be taken: {NO_GGUF}" if found else None
 
 
 def parse_header(header: bytes, data_start: int, file_size: int, file: str) -> dict[str, TensorEntry]:
@@ -158,6 +174,8 @@ async def _first(folder: Path, disk: Disk) -> str:
     if not weights and (pickles := [name for name in names if name.endswith(PICKLES)]):
         why = f"has only pickles ({pickles[0]}), which can run code when loaded and are refused; download it as safetensors"
         raise ModelError(f"{folder} {why}, or, if you trust it, convert it: {CONVERT}")
+    if not weights and (gguf := await _gguf(folder)) is not None:
+        raise ModelError(f"{folder} has no *.safetensors file; {gguf}")
     if not weights:
         raise ModelError(f"{folder} has no *.safetensors file; download the model's weights into it")
     if len(weights) > 1 and SINGLE not in weights and INDEX not in names:
@@ -217,6 +235,8 @@ async def _read_shard(folder: Path, name: str, disk: Disk) -> dict[str, TensorEn
         size = await _size(folder, name, disk)
     except DiskError as error:
         raise CheckpointError(f"{folder}: its weight file {name} cannot be opened ({error}); download it again") from error
+    if size == 0:
+        raise CheckpointError(f"{file}: the file is empty; download it again")
     start = await _read(file, 0, min(8, size), disk)
     if start == b"version ":
         raise CheckpointError(f"{file} is only a pointer to the weights, left by a clone without Git LFS; run `git lfs pull` in its folder")

@@ -5,6 +5,8 @@ A call costs one hop (about 50 µs), so callers hand over whole runs of layers, 
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -19,6 +21,15 @@ Result = TypeVar("Result")
 
 FOREIGN = (RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, AttributeError, AssertionError, MemoryError)
 """What torch and a family's code may raise on weights or settings that they cannot cope with."""
+
+
+BUSY = 0.75
+"""The load of a processor from which on what is measured of it is noisy and too low."""
+
+
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 class Compute:

@@ -62,6 +62,8 @@ class Engine:
     def __init__(self, model: Model, embedding: Embedding, towers: Towers, compute: Compute, limits: Limits) -> None:
         self._model, self._embedding, self._towers, self._compute, self.limits = model, embedding, towers, compute, limits
         self.between: Callable[[], Awaitable[None]] = anyio.lowlevel.checkpoint
+        self.note: Callable[[Request], None] = lambda request: None
+        """Called with a request that is over, while it still holds what it held."""
         """Waited for whenever nobody rides, before the next one joins."""
         self._cache = model.cache
         self._cache.freed = self.wake
@@ -323,6 +325,7 @@ class Engine:
         if request in self._riders:
             self._riders.remove(request)
             self.served += 1
+            self.note(request)
         with anyio.CancelScope(shield=True):
             for answer in request.answers:
                 store, answer.store = answer.store, None

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from .compute import Compute
+from .compute import FOREIGN, Compute
+from .errors import ModelError
 from .experts import Key
 from .families.base import Experts, Family
 from .maths.attention import BLOCK
@@ -19,7 +20,7 @@ from .pace import SAMPLE_NBYTES, Pace, measure
 from .piece import Piece
 from .prediction import FirstToken, Limiter, Prediction, Speed
 from .runtime_plan import RuntimePlan, history_nbytes
-from .stores.presets import PRESETS
+from .stores.presets import PRESETS, ring_cells
 
 Probe = Callable[[], Awaitable[float | None]]
 """Measures the drive: bytes per second, None where nothing is read again."""
@@ -50,7 +51,7 @@ class Forecast:
         dense_s, mixed_s = self.pace.pass_s(requests, requests, context), self.pace.mixed_s(requests, self.plan.chunk_rows)
         streamed, experts = self._streamed_nbytes(requests, context), self._missing_experts(requests)
         read_s, experts_s = self._read_s(streamed), self._read_s(experts * self.expert_nbytes)
-        seconds = HOPS_S + max(read_s, dense_s) + self._in_turns(experts_s, mixed_s, experts)
+        seconds = self._hops_s(experts) + max(read_s, dense_s) + self._in_turns(experts_s, mixed_s, experts)
         by_disk = read_s + experts_s >= dense_s + mixed_s
         limiter: Limiter = "disk" if by_disk else "memory" if requests <= 32 else "compute"
         return Speed(requests, context, seconds, int(streamed + experts * self.expert_nbytes), requests / seconds, limiter)
@@ -64,7 +65,8 @@ class Forecast:
         experts = passes * self._missing_experts(rows)
         mixed_s = self.pace.mixed_s(prompt_tokens, plan.chunk_rows)
         turns_s = self._in_turns(self._read_s(experts * self.expert_nbytes), mixed_s, experts / passes)
-        return ENTRY_S + passes * HOPS_S + max(read_s, self.pace.prefill_s(prompt_tokens, plan.chunk_rows)) + turns_s
+        hops_s = passes * self._hops_s(experts)
+        return ENTRY_S + hops_s + max(read_s, self.pace.prefill_s(prompt_tokens, plan.chunk_rows)) + turns_s
 
     def answer(self, prompt_tokens: int, new_tokens: int, requests: int = 1) -> tuple[float, float]:
         """Seconds until the first token of an answer, and until its last, while `requests` ride."""
@@ -104,10 +106,13 @@ class Forecast:
         return nbytes / self.drive_bytes_per_second if self.drive_bytes_per_second else 0.0
 
     def _streamed_nbytes(self, requests: int, context: int) -> float:
-        """Weights that are not kept, and histories that are not in memory."""
-        plan = self.plan
-        cold = max(requests * context - plan.kv_tokens, 0) if plan.cache_mode == "disk-kv" else 0
-        return plan.streamed_nbytes_per_pass + cold * plan.kv_nbytes_per_token
+        """Weights that are not kept, and what layers see of histories that are not in memory."""
+        plan, kv = self.plan, self.family.kv
+        if plan.cache_mode != "disk-kv" or not kv.layers:
+            return plan.streamed_nbytes_per_pass
+        seen = (min(context, kv.window(layer, plan.kv_window_tokens) or context) for layer in range(kv.layers))
+        cold = fmean(max(requests * tokens - plan.kv_tokens, 0) for tokens in seen)
+        return plan.streamed_nbytes_per_pass + cold * plan.kv_nbytes_per_token * self._coded
 
     @property
     def _mixtures(self) -> list[Experts]:
@@ -125,15 +130,25 @@ class Forecast:
         """Seconds of reading `experts` and of computing with them: one is computed with while the next is read, but a layer's first
         is waited for."""
         a_layer = max(experts / max(len(self._mixtures), 1), 1.0)
-        return max(read_s, mixed_s) + min(read_s, mixed_s) / a_layer + (len(self._mixtures) * HOPS_S if experts else 0.0)
+        return max(read_s, mixed_s) + min(read_s, mixed_s) / a_layer
+
+    def _hops_s(self, experts: float) -> float:
+        """Seconds of a pass that goes its ways, once more in each layer that waits for `experts`."""
+        return HOPS_S * (1 + (len(self._mixtures) if experts else 0))
 
     def _disk_nbytes(self) -> int:
         """Keys and values of as many tokens as there can be."""
-        plan = self.plan
+        plan, tokens = self.plan, self.plan.max_context_tokens
         if plan.cache_mode != "disk-kv":
             return 0
-        coded = 0.5 if PRESETS[plan.kv_cache_strategy].codec.representation else 1.0
-        return int(coded * plan.max_context_tokens * plan.max_concurrent_requests * plan.kv_nbytes_per_token)
+        if plan.kv_window_tokens is not None:
+            tokens = min(tokens, ring_cells(plan.kv_window_tokens) * BLOCK)
+        return int(self._coded * tokens * plan.max_concurrent_requests * plan.kv_nbytes_per_token)
+
+    @property
+    def _coded(self) -> float:
+        """What a stored byte takes on disk."""
+        return 0.5 if PRESETS[self.plan.kv_cache_strategy].codec.representation else 1.0
 
 
 def _figures(first_s: float | None, last_s: float, tokens: int) -> dict[str, float | None]:
@@ -144,12 +159,16 @@ def _figures(first_s: float | None, last_s: float, tokens: int) -> dict[str, flo
 
 async def foretell(
     plan: RuntimePlan, family: Family, pieces: Sequence[Piece], experts: Mapping[Key, Piece], compute: Compute, probe: Probe
-) -> Forecast:  # fmt: skip
+) -> Forecast | None:  # fmt: skip
     """The forecast for `plan`, processor and drive being measured now, before weights are kept: the drive twice, of which
-    the better counts, for what has been idle needs a moment, and what others ask of it comes and goes."""
+    the better counts, for what has been idle needs a moment, and what others ask of it comes and goes. None where a step
+    cannot be run: its pass says so when the model is opened."""
     room = sum(plan.ledger.get(line, 0) for line in LATER)
     before = await probe() or 0.0
-    pace = await compute.run(measure, family, pieces, experts, min(room, SAMPLE_NBYTES))
+    try:
+        pace = await compute.run(measure, family, pieces, experts, plan.kv_window_tokens, min(room, SAMPLE_NBYTES))
+    except (*FOREIGN, ModelError):
+        return None
     drive = max(before, await probe() or 0.0) or None
     expert_nbytes = fmean(piece.read_nbytes for piece in experts.values()) if experts else 0.0
     return Forecast(plan, family, pace, drive, expert_nbytes)

@@ -21,7 +21,7 @@ from .buffers import size
 from .checkpoint import INDEX, SHARD_NAME, SINGLE, read_json
 from .download import Progress, RemoteFile, Shelf, Tally, download
 from .errors import ModelError
-from .tensors import PICKLES
+from .tensors import GGUF, PICKLES
 
 MAIN = "main"
 CONNECTIONS = 4
@@ -166,7 +166,7 @@ def _weights(repository: Repository, files: dict[str, RemoteFile]) -> list[str]:
     chosen = next(([name] for name in (SINGLE, INDEX) if name in files), found)
     if "config.json" not in files or not found:
         what = "config.json" if found else "*.safetensors"
-        other = next((name for name in files if name.endswith((*PICKLES, ".gguf"))), None)
+        other = next((name for name in files if name.endswith((*PICKLES, GGUF))), None)
         why = f"; {other} is of a kind that is not read" if other else ""
         raise ModelError(f"{repository} has no {what} at its top{why}; choose a repository with config.json and safetensors weights")
     if len(chosen) > 1:

@@ -13,17 +13,17 @@ from typing import Any, Literal
 
 import anyio.to_thread
 
+from .blueprint import dtype_named
 from .checkpoint import read_json
 from .download import Shelf
 from .errors import ModelError
-from .families import FAMILIES
+from .families import FAMILIES, unread_quantization
+from .families.quantization import quantization
 from .hub import COMMIT, MAIN, Repository, missing
 from .reference import ALIASES, find, locate
 
 Presence = Literal["here", "incomplete", "absent"]
 SHELF = "models--"
-BY_ITSELF = "mxfp4"
-"""What a native family reads as it is published, besides plain weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,24 +104,8 @@ async def whole(reference: str, models_dir: Path | None) -> Path:
 
 def native(described: Mapping[str, Any]) -> bool:
     """Whether our own layers are made for what `config.json` describes, as far as that alone says."""
-    method = quantization(described)
-    return described.get("model_type") in FAMILIES and (method is None or (method, described["model_type"]) == (BY_ITSELF, "gpt_oss"))
-
-
-def quantization(described: Mapping[str, Any]) -> str | None:
-    """How the weights are quantized, by the name that `config.json` has for it; None where they are not."""
-    found = described.get("quantization_config")
-    return str(found.get("quant_method", "quantized")) if isinstance(found, Mapping) else None
-
-
-def dtype_named(described: Mapping[str, Any]) -> str | None:
-    """The dtype that `config.json` names, of the model or of its language model."""
-    inner = described.get("text_config")
-    for part in (described, inner if isinstance(inner, Mapping) else {}):
-        for key in ("dtype", "torch_dtype"):
-            if isinstance(name := part.get(key), str):
-                return name
-    return None
+    kind = described.get("model_type")
+    return isinstance(kind, str) and kind in FAMILIES and unread_quantization(described) is None
 
 
 def disk_nbytes(folder: Path) -> int:
@@ -166,7 +150,14 @@ def _with_partials(folder: Path, downloaded: bool) -> int:
     """What a model has on disk, and what of its download is not whole."""
     blobs = folder.parent.parent / "blobs"
     arriving = blobs.glob("*.incomplete") if downloaded else ()
-    return disk_nbytes(folder) + sum(path.stat().st_size for path in arriving)
+    return disk_nbytes(folder) + sum(map(_file_nbytes, arriving))
+
+
+def _file_nbytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # it has arrived meanwhile
+        return 0
 
 
 def _others(root: Path, models_dir: Path | None) -> list[tuple[str, Repository | None, Path]]:

@@ -41,6 +41,7 @@ async def open_cache(
     Raises `StoreError` for a folder that cannot be used, `ConfigError` for a quota that no block fits into.
     """
     kv, preset = family.kv, PRESETS[config.kv_cache_strategy]
+    direct = await anyio.to_thread.run_sync(reads_directly, folder)  # nothing is waited for once something was taken
     window = config.kv_cache_window_tokens
     shape = Shape(kv.layers, kv.heads, kv.head_dim, kv.dtype)
     records: Records | None = None
@@ -55,7 +56,6 @@ async def open_cache(
         records, lifecycle = await _records(config, preset, folder, shape, family, checkpoint, disk, trace)
     share = plan.kv_tokens * kv.token_nbytes
     pool = BlockPool(plan.kv_tokens, plan.max_answers, plan.max_context_tokens, shape)
-    direct = await anyio.to_thread.run_sync(reads_directly, folder)
     policy = spill_policy(records.record_nbytes if records is not None else 1, share, direct, plan.state_snapshot_nbytes)
     return Cache(
         pool, records, preset.residency, lifecycle, policy, window,

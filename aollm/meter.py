@@ -17,6 +17,8 @@ from .runtime import Runtime
 from .terminal import Row, spinner
 from .trace import READS
 
+LIMITERS = {"disk": "disk", "memory": "memory speed", "compute": "compute"}
+"""What limits a run, for people."""
 WINDOW_S = 3.0
 RECENT_TOKENS = 64
 
@@ -88,10 +90,18 @@ class Meter:
             parts.append(f"read {amount(found['bytes_read'])} at {rate(found['bytes_read_per_second'])}")
             parts.append(f"stalled {found['stall_share']:.0%}")
         if self.tokens and found["fraction_of_bound"] is not None:
-            parts.append(f"limited by {found['limiter']}, at {found['fraction_of_bound']:.0%} of the bound")
+            parts.append(f"limited by {LIMITERS[found['limiter']]}, at {found['fraction_of_bound']:.0%} of the bound")
         if foretold := (found["profile"] or {}).get("predicted"):
             parts.append(f"foretold {foretold['seconds']:.1f} s")
         return [(" · ".join([*parts, memory(self.runtime)]), "dim")]
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: `0.25 s`, `42 s`, `10 min`, `1 h 45 min`."""
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours:,} h {minutes} min" if hours else f"{minutes} min"
 
 
 def opening(runtime: Runtime) -> list[Row]:

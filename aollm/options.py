@@ -129,7 +129,7 @@ KV_CACHE = Group("KV cache", {
     "kv_cache_memory": Option("memory for keys and values (default: a share of --memory)", "SIZE"),
     "kv_cache_max_bytes": Option("room on disk for what is persistent; the oldest goes first", "SIZE"),
     "kv_cache_max_age_s": Option("seconds for which what is persistent is kept", "S", float),
-    "cache_dir": Option("where it is stored (default: aollm in your cache folder)", "FOLDER"),
+    "cache_dir": Option("where the KV cache is stored (default: aollm in your cache folder)", "FOLDER"),
 })  # fmt: skip
 
 OUTPUT = Group("output", {

@@ -69,7 +69,8 @@ async def turned_away(config: RuntimeConfig, described: Mapping[str, Any], error
         raise error
     kind = described.get("model_type")
     if not await anyio.to_thread.run_sync(_generates, described):
-        raise ModelError(f"{error}; and transformers has no model of type {kind!r} that generates text") from error
+        more = "" if kind is None else f"; and transformers has no model of type {kind!r} that generates text"
+        raise ModelError(f"{error}{more}") from error
     return "fallback" if kind in FAMILIES else "not-planned", str(error)
 
 
@@ -83,6 +84,12 @@ def _generates(described: Mapping[str, Any]) -> bool:
 async def plan_generic(
     config: RuntimeConfig, folder: Path, disk: Disk, described: Mapping[str, Any], reason: str, state: str, here: bool = True
 ) -> tuple[RuntimePlan, GenericPlan]:  # fmt: skip
+    """The plan for running the model through transformers, in the words of all plans and in its own; `reason` and `state` say why
+    it is not the native tier. Unless weights have to be `here`, sizes may follow from `described`, the `config.json`.
+
+    Raises `ConfigError` for a setting that only the native tier has, `ModelError` for a model that cannot be used, and
+    `MemoryBudgetError` where its largest part does not fit.
+    """
     from . import generic
 
     _check(config, reason)

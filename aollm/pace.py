@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -35,8 +35,8 @@ TIMES = {1: 3, 8: 1, 32: 1, 128: 1}
 MOST, SHORT_S = 5, 0.01
 """How often, instead, what takes so few seconds is tried."""
 
-Curve = Mapping[int, float]
-"""Seconds by rows."""
+Curve = dict[int, float]
+"""Seconds by rows, ascending."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +86,10 @@ def at(curve: Curve, rows: int) -> float:
     return seconds * rows / last if rows > last else seconds
 
 
-def measure(family: Family, pieces: Sequence[Piece], experts: Mapping[Key, Piece], most_nbytes: int = SAMPLE_NBYTES) -> Pace:
+def measure(family: Family, pieces: Sequence[Piece], experts: Mapping[Key, Piece], window: int | None, most_nbytes: int) -> Pace:
     """Try each kind of piece, and count how often it comes; for the compute thread, within a second.
 
-    At most `most_nbytes` of memory are used, and given back.
+    No layer sees more than `window` positions. At most `most_nbytes` of memory are used, and given back.
     """
     whole = sum(piece.nbytes for piece in (*pieces, *experts.values()))
     trial = Trial(family, experts, Sample(min(most_nbytes, 2 * whole)))
@@ -102,7 +102,18 @@ def measure(family: Family, pieces: Sequence[Piece], experts: Mapping[Key, Piece
         mixtures[rows] = sum(seconds for step, seconds in ran if step.experts is not None)
         head[rows] = sum(count * trial.head_s(piece, rows) for piece, count in kinds if piece.step is None)
         block[rows] = trial.block_s(rows)
-    return Pace(steps, mixtures, head, block, tuple(family.kv.window(layer) for layer in range(family.kv.layers)))
+    return Pace(
+        rising(steps),
+        rising(mixtures),
+        rising(head),
+        rising(block),
+        tuple(family.kv.window(layer, window) for layer in range(family.kv.layers)),
+    )
+
+
+def rising(curve: Curve) -> Curve:
+    """The same where fewer rows never take longer than more: then others kept the processor busy."""
+    return dict(zip(curve, [*accumulate(reversed(curve.values()), min)][::-1], strict=True))
 
 
 class Sample:
@@ -190,8 +201,9 @@ class Trial:
     def block_s(self, rows: int) -> float:
         """Seconds of attention of `rows` queries to one block of history."""
         kv = self._family.kv
-        keys = torch.randn(BLOCK, kv.heads, kv.head_dim).to(kv.dtype)
-        queries = torch.randn(rows, self._heads, kv.head_dim).to(kv.dtype)
+        noise = torch.Generator().manual_seed(rows)
+        keys = torch.randn(BLOCK, kv.heads, kv.head_dim, generator=noise).to(kv.dtype)
+        queries = torch.randn(rows, self._heads, kv.head_dim, generator=noise).to(kv.dtype)
         return self._median(rows, lambda: attend(queries, [Block(0, keys, keys)], BLOCK, kv.head_dim**-0.5)) if kv.layers else 0.0
 
     def _median(self, rows: int, work: Callable[[], object]) -> float:

@@ -42,7 +42,7 @@ def _fill(places: list[Place], name: Place, sizes: Sequence[int], room: int) -> 
 def spread(sizes: Sequence[int], room: int) -> frozenset[int]:
     """Choose pieces to pin in `room` bytes: as many as fit, spread evenly over the pass, so that the drive never waits."""
     total = sum(sizes)
-    if total <= room:
+    if total <= max(room, 0):
         return frozenset(range(len(sizes)))
     pinned: set[int] = set()
     share, credit, left = room / total, 0.0, room

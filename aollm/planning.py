@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import anyio
+
 from .buffers import Ring
-from .compute import Compute
+from .compute import Compute, processors
 from .disk.auto import open_disk
 from .forecast import foretell
 from .outlook import Outlook, choose
@@ -51,16 +51,12 @@ async def look(config: RuntimeConfig) -> Outlook:
                     return await folder_speed(disk, folder, ring)
                 return await drive_speed(disk, found.streamed, ring)
 
-            compute = Compute(port, threads())
+            compute = Compute(port, processors())
             try:
                 forecast = await foretell(outlook.plan, found.family, found.pieces, found.experts, compute, probe)
             finally:
                 compute.close()
-            return replace(outlook, plan=replace(outlook.plan, predicted=forecast.prediction()))
+            return replace(outlook, plan=replace(outlook.plan, predicted=None if forecast is None else forecast.prediction()))
         finally:
-            await disk.aclose()
-
-
-def threads() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+            with anyio.CancelScope(shield=True):
+                await disk.aclose()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
+from typing import IO
 
 import anyio
 import psutil
@@ -16,7 +18,7 @@ from numpy import frombuffer, uint8
 
 from .buffers import PAGE, Ring, pages
 from .disk.base import Disk, Extent
-from .errors import first_of
+from .errors import DiskError, first_of
 
 CHUNK = 32 << 20
 PROBE_NBYTES = 128 << 20
@@ -30,57 +32,75 @@ async def drive_speed(disk: Disk, extents: Sequence[Extent], ring: Ring, nbytes:
     chunk of the ring, two chunks at a time. Memory that was never touched takes time of its own, so it is touched before, and
     the first two chunks only warm up."""
     chunk = min(CHUNK, ring.arena.nbytes // 2 // PAGE * PAGE)
-    leases = [await ring.take(chunk), await ring.take(chunk)]
-    memories = [ring.arena.bytes[lease.offset : lease.offset + lease.nbytes] for lease in leases]
-    for memory in memories:
-        frombuffer(memory, uint8)[::PAGE] = 0
     reads = _reads(extents, chunk)
     first = list(islice(reads, 2))
-    await _read(disk, iter(first), memories)
     parts: list[Read] = []
     while _nbytes(parts) < nbytes and (read := next(reads, None)) is not None:
         parts.append(read)
     parts = parts or first
-    start = perf_counter()
-    await _read(disk, iter(parts), memories)
-    seconds = perf_counter() - start
-    for lease in leases:
-        lease.release()
-    return _nbytes(parts) / seconds
+    leases = [await ring.take(chunk), await ring.take(chunk)]
+    try:
+        memories = [ring.arena.bytes[lease.offset : lease.offset + lease.nbytes] for lease in leases]
+        for memory in memories:
+            frombuffer(memory, uint8)[::PAGE] = 0
+        await _read(disk, iter(first), memories)
+        start = perf_counter()
+        await _read(disk, iter(parts), memories)
+        return _nbytes(parts) / (perf_counter() - start)
+    finally:
+        for lease in leases:
+            lease.release()
 
 
 async def folder_speed(disk: Disk, folder: Path, ring: Ring, nbytes: int = PROBE_NBYTES) -> float | None:
-    """The same of the drive that `folder` is on, by a file of `nbytes` that is written there, read and removed; None where that
-    cannot be done."""
+    """The same of the drive that `folder` is on, by a file of `nbytes` that is written there and read; None where that cannot be
+    done."""
 
-    def write() -> str | None:
+    def write() -> IO[bytes] | None:
         try:
             if shutil.disk_usage(folder).free < 4 * nbytes:
                 return None
-            with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-", delete=False) as file:
-                block = os.urandom(4 << 20)
-                for _ in range(0, nbytes, len(block)):
-                    file.write(block)
-                file.flush()
-                os.fsync(file.fileno())
-                return file.name
+            file = nameless(folder)
         except OSError:
             return None
+        try:
+            block = os.urandom(4 << 20)
+            for _ in range(0, nbytes, len(block)):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            file.close()
+            return None
+        return file
 
-    if (name := await anyio.to_thread.run_sync(write)) is None:
+    if (file := await anyio.to_thread.run_sync(write)) is None:
         return None
+    name = path_of(file)
     try:
         return await drive_speed(disk, [Extent(name, 0, nbytes)], ring, nbytes)
+    except DiskError:
+        return None
     finally:
         with anyio.CancelScope(shield=True):
             await disk.forget(name)
-            await anyio.to_thread.run_sync(os.unlink, name)
+            await anyio.to_thread.run_sync(file.close)
+
+
+def nameless(folder: Path) -> IO[bytes]:
+    """A file that is gone when it is closed, and on Linux has no name even before."""
+    return tempfile.TemporaryFile(dir=folder) if sys.platform == "linux" else tempfile.NamedTemporaryFile(dir=folder)
+
+
+def path_of(file: IO[bytes]) -> str:
+    """What a nameless file can be opened by in this process."""
+    return f"/proc/self/fd/{file.fileno()}" if sys.platform == "linux" else str(file.name)
 
 
 def free_disk(folder: Path) -> int | None:
     """Bytes that may still be written to the drive of `folder`, which need not be there yet; None where that is not known. Blocking."""
     try:
-        return shutil.disk_usage(_existing(folder)).free
+        return shutil.disk_usage(existing(folder)).free
     except OSError:
         return None
 
@@ -88,7 +108,7 @@ def free_disk(folder: Path) -> int | None:
 def same_drive(folder: Path, files: Sequence[str]) -> bool:
     """Whether `folder`, which need not be there yet, is on the drive of the first of `files`. Blocking."""
     try:
-        return bool(files) and os.stat(_existing(folder)).st_dev == os.stat(files[0]).st_dev
+        return bool(files) and os.stat(existing(folder)).st_dev == os.stat(files[0]).st_dev
     except OSError:
         return False
 
@@ -162,6 +182,6 @@ def _group_limits() -> Iterator[int]:
                 continue
 
 
-def _existing(folder: Path) -> Path:
+def existing(folder: Path) -> Path:
     """The first of `folder` and those above it that is there."""
     return next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)

@@ -16,6 +16,7 @@ from .demo import MODEL as DEMO
 from .download import Progress
 from .errors import ModelError
 from .hub import MAIN, Repository, snapshot
+from .tensors import GGUF, NO_GGUF
 
 ALIASES: dict[str, Path | Repository] = {
     "demo": DEMO,
@@ -69,6 +70,8 @@ def locate(reference: str) -> Path | Repository:
         raise ModelError(f"{reference[:200]!r} is not a path that can be looked up ({error}); {_accepted(reference)}") from error
     if found and reference:
         return folder
+    if exists and folder.name.endswith(GGUF):
+        raise ModelError(f"{reference} is a file, not a folder, and {NO_GGUF}: its folder (config.json and *.safetensors), or org/repo")
     if exists and reference:
         raise ModelError(f"{reference} is a file, not a folder; {_accepted(reference)}")
     if (repository := _repository(reference.removeprefix(SCHEME))) is not None:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import anyio
 
@@ -129,6 +129,8 @@ class Request:
         self._context = context
         self.prefix_hit_tokens = 0
         self.prefix_miss_reason: str | None = None
+        self.cache_state: dict[str, Any] | None = None
+        """Where keys and values were when it ended."""
         self._wake = wake
         self._outbox: deque[Token] = deque()
         self._changed = anyio.Event()

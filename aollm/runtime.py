@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -18,7 +17,7 @@ from anyio.abc import TaskGroup
 
 from .buffers import size
 from .checkpoint import read_json
-from .compute import Compute
+from .compute import Compute, processors
 from .device import Device
 from .disk.auto import open_disk
 from .disk.base import Disk
@@ -67,8 +66,9 @@ class Runtime:
 
     @property
     def plan(self) -> RuntimePlan:
-        """How the model is run."""
-        return self._tier.plan
+        """How the model is run; after a move of its KV cache, as it is run since."""
+        adaptation = self._tier.adaptation
+        return self._tier.plan if adaptation is None else adaptation.plan
 
     @property
     def text(self) -> Text:
@@ -93,7 +93,8 @@ class Runtime:
     @property
     def forecast(self) -> Forecast | None:
         """Foretells how long answers will take; None for transformers' modules."""
-        return self._tier.forecast
+        forecast = self._tier.forecast
+        return None if forecast is None else replace(forecast, plan=self.plan)
 
     @property
     def drive_bytes_per_second(self) -> float | None:
@@ -213,7 +214,8 @@ class Runtime:
         choices = tuple(_choice([token for token in tokens if token.choice == number]) for number in range(count))
         return Completion(
             choices[0].text, choices[0].token_ids, choices[0].finish_reason, Usage(prompt_tokens, len(tokens)), choices,
-            await anyio.to_thread.run_sync(self.profile_of, request, start, first_s, last_s, len(tokens)), self.cache_state(), self.plan,
+            await anyio.to_thread.run_sync(self.profile_of, request, start, first_s, last_s, len(tokens)),
+            self.cache_state_of(request), self.plan,
         )  # fmt: skip
 
     def profile(self, start: float, end: float | None = None) -> dict[str, Any] | None:
@@ -237,9 +239,15 @@ class Runtime:
 
     def cache_state(self) -> dict[str, Any]:
         """Where KV is kept, how much of it there is at this moment, and whether it would be better kept otherwise; no more than
-        `cache_mode` where transformers keeps it."""
-        adaptation = self._tier.adaptation
-        return {"cache_mode": self.plan.cache_mode} if adaptation is None else adaptation.state()
+        `kv_cache_strategy` and `cache_mode` where transformers keeps it."""
+        if (adaptation := self._tier.adaptation) is None:
+            return {"kv_cache_strategy": self.plan.kv_cache_strategy, "cache_mode": self.plan.cache_mode}
+        return adaptation.state()
+
+    def cache_state_of(self, request: Request) -> dict[str, Any]:
+        """The same when `request` ended, or now if it goes on, with what it found stored of its prompt."""
+        state = request.cache_state or self.cache_state()
+        return state | {"prefix_hit_tokens": request.prefix_hit_tokens, "prefix_miss_reason": request.prefix_miss_reason}
 
     def __repr__(self) -> str:
         if not self._opened:
@@ -253,7 +261,7 @@ class Runtime:
         if disk is None:
             disk, reason = open_disk(config.disk_backend, port, folder)
             self._cleanup.push_async_callback(shielded, disk.aclose)
-        compute = Compute(port, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
+        compute = Compute(port, processors())
         self._cleanup.callback(compute.close)
         self._tier = await self._open_tier(Means(config, folder, disk, compute, port, self.trace), reason)
         self._group.start_soon(self.engine.run)

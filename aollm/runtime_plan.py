@@ -6,7 +6,7 @@ It is arithmetic on sizes, done before a single weight is read, and either the w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,10 @@ LEAST_ROWS, KEPT_LAYERS = 32, 4
 """Rows that a pass has at least, and layers of them that are in memory at once, as fresh keys and values, beside everybody's last block."""
 SLACK = 64 << 20
 """For what nobody can count beforehand: thread stacks, the allocator's leftovers, scratch memory of matrix products."""
+
+
+DISK_CACHE = "disk-cache"
+"""The pass that keeps keys and values on disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,8 @@ class RuntimePlan:
     chunk_rows: int
     disk_backend: str
     disk_reason: str
+    kv_window_tokens: int | None = None
+    """Tokens that every layer sees at most, if the strategy limits them."""
     backend: str = "optimized-native"
     """Or `transformers-generic`: transformers' own modules."""
     specialization_state: str = "planned"
@@ -120,6 +126,11 @@ class RuntimePlan:
         return frozenset(index for index, place in enumerate(self.placement) if place != "disk")
 
     @property
+    def kv_nbytes_per_context(self) -> int:
+        """Keys and values of one request whose context is full, as they are computed; of its window where there is one."""
+        return self.kv_nbytes_per_token * min(self.max_context_tokens, self.kv_window_tokens or self.max_context_tokens)
+
+    @property
     def cache_mode(self) -> str:
         """Who keeps keys and values, and where: `resident-kv`, `disk-kv` or `transformers-dynamic`."""
         if self.backend == "transformers-generic":
@@ -128,7 +139,7 @@ class RuntimePlan:
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON has it."""
-        return {**asdict(self), "cache_mode": self.cache_mode}
+        return {**asdict(self), "kv_nbytes_per_context": self.kv_nbytes_per_context, "cache_mode": self.cache_mode}
 
 
 def make_plan(
@@ -200,12 +211,24 @@ def make_plan(
         ring_nbytes=ring, kv_nbytes_per_token=family.kv.token_nbytes, kv_cache_strategy=config.kv_cache_strategy,
         kv_tokens=kv_tokens, kv_ring_nbytes=kv.ring_nbytes, state_snapshot_nbytes=snapshots, max_context_tokens=context,
         max_concurrent_requests=config.max_concurrent_requests, max_answers=config.max_answers, max_rows=max_rows, chunk_rows=chunk_rows,
-        disk_backend=disk[0], disk_reason=disk[1],
+        disk_backend=disk[0], disk_reason=disk[1], kv_window_tokens=config.kv_cache_window_tokens,
         passes=tuple(_passes(config, family, places, device.name, tower[0], chunk_rows, exported)),
         device=device.name, device_memory=device_memory, device_ledger=dict(there.lines), landing_nbytes=landing,
         device_reason=why_here(device, on.reason, {name: getattr(config, name) for name in ("offload_gpu_layers", "device_memory")}),
         moved_nbytes_per_pass=sum(piece.nbytes for piece, at in zip(pieces, places, strict=True) if device.apart and at != "device"),
     )  # fmt: skip
+
+
+def moved(plan: RuntimePlan, strategy: str, max_rows: int, observed: str | None) -> RuntimePlan:
+    """The plan of a runtime whose keys and values have moved to where `strategy` keeps them, of which so much was seen."""
+    passes = [each for each in plan.passes if each.id != DISK_CACHE]
+    if PRESETS[strategy].layout is not None:
+        passes.append(Pass(DISK_CACHE, _spills(strategy), observed))
+    return replace(plan, kv_cache_strategy=strategy, max_rows=max_rows, passes=tuple(passes))
+
+
+def _spills(strategy: str) -> str:
+    return f"{strategy} writes what does not fit in memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,9 +296,11 @@ def _passes(
     config: RuntimeConfig, family: Family, places: Sequence[Place], device: str, tower: Tower | None, chunk_rows: int, exported: bool,
 ) -> Iterator[Pass]:  # fmt: skip
     if PRESETS[config.kv_cache_strategy].layout is not None:
-        yield Pass("disk-cache", f"{config.kv_cache_strategy} writes what does not fit in memory")
+        yield Pass(DISK_CACHE, _spills(config.kv_cache_strategy))
     if count := places.count("host"):
-        yield Pass("cpu-offload", f"{count} of {len(places)} pieces stay in memory")
+        more = (config.offload_cpu_layers or 0) > family.layers
+        told = f": all {family.layers} layers, of {config.offload_cpu_layers} asked for" if more else ""
+        yield Pass("cpu-offload", f"{count} of {len(places)} pieces stay in memory{told}")
     if count := places.count("device"):
         yield Pass("gpu-offload", f"{count} of {len(places)} pieces stay on {device}")
     yield Pass("mlp-chunking", f"a layer runs in chunks of {chunk_rows} rows")

@@ -176,6 +176,9 @@ def _conflicts(config: RuntimeConfig) -> Iterator[tuple[tuple[str, ...], str]]:
     for name in ("device_memory", "offload_gpu_layers"):
         if getattr(config, name) is not None and config.device == "cpu":
             yield (name, "device"), f"{name}: device=cpu uses no device's memory; leave out one of the two"
+    if config.offload_cpu_policy != "auto" and config.offload_cpu_layers is None:
+        told = "it says which layers offload_cpu_layers keeps, and that is not given: say how many, or leave it out"
+        yield ("offload_cpu_policy", "offload_cpu_layers"), f"offload_cpu_policy: {told}"
     if config.verbose and config.quiet:
         yield ("verbose", "quiet"), "verbose: it is the contrary of quiet; leave out one of the two"
 

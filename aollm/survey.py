@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from random import sample
+from random import Random
 from typing import Any
 
 import anyio.to_thread
@@ -20,7 +20,7 @@ from .device import Device, choose_device
 from .disk.base import Disk, Extent
 from .errors import DiskError, MemoryBudgetError, ModelError, SpecializationError
 from .experts import Key
-from .families import FAMILIES, TOWERS
+from .families import FAMILIES, TOWERS, unread_quantization
 from .families.base import Family, Tower
 from .fit import fitted
 from .piece import Piece, check_shape, dtype_of, expert_pieces, pieces_of, step_piece
@@ -74,7 +74,7 @@ class Survey:
         pieces = [piece for index, piece in enumerate(self.pieces) if index not in self.plan.pinned]
         if not pieces and self.plan.expert_slots < self.plan.experts:
             pieces = list(self.experts.values())
-        return [extent for piece in sample(pieces, min(len(pieces), PROBED)) for extent, _ in piece.reads]
+        return [extent for piece in Random().sample(pieces, min(len(pieces), PROBED)) for extent, _ in piece.reads]
 
 
 async def survey(config: RuntimeConfig, folder: Path, disk: Disk, reason: str, here: bool = True, on: Device | None = None) -> Survey:
@@ -160,10 +160,11 @@ def _selected(
 def build_family(config: Mapping[str, Any], checkpoint: Checkpoint) -> Family:
     """The family that `config.json` names, with the dtype of the stored weights."""
     kind = config.get("model_type")
+    if kind is None:
+        raise SpecializationError("config.json names no model_type; download it again, from where the model was published")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise SpecializationError(f"config.json: model_type {kind!r} is not known; known are {', '.join(FAMILIES)}")
-    if (quantization := config.get("quantization_config")) and kind != "gpt_oss":
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    if (method := unread_quantization(config)) is not None:
         raise SpecializationError(f"config.json: weights quantized by {method!r} are not read here")
     entry = next((checkpoint[name] for name in checkpoint.tensors if name.endswith(EMBEDDING)), None)
     if entry is None:

@@ -25,6 +25,8 @@ MAX_TENSORS = 131_072  # of one file
 MAX_VALUES = 16 * MAX_TENSORS  # of one JSON text, where a tensor needs 14: `[[],[],…` would grow to 20 times its size in memory
 MAX_RANK, MAX_DIMENSION = 8, 1 << 31
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+GGUF = ".gguf"
+NO_GGUF = "GGUF is not read; take the model as it was published on the Hub before its conversion, as safetensors"
 DTYPES: dict[str, int] = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
     **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),

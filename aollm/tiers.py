@@ -7,7 +7,7 @@ requests are made and heard.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,11 +21,11 @@ from .adapters import Adapters
 from .berths import Berths
 from .buffers import Arena, Ring
 from .checkpoint import Checkpoint
-from .compute import FOREIGN, Compute
+from .compute import Compute
 from .disk.base import Disk
 from .embedding import Embedding
 from .engine import Engine, Limits
-from .errors import AollmError, DiskError, MemoryBudgetError, ModelError, SpecializationError, StoreError
+from .errors import AollmError, DiskError, MemoryBudgetError, SpecializationError, StoreError
 from .experts import ExpertCache
 from .families.base import Family, Tower
 from .forecast import Forecast, foretell
@@ -133,7 +133,7 @@ async def open_native(means: Means, found: Survey, cleanup: AsyncExitStack) -> T
 
     least_rows = plan.max_answers + rows_together(found.tower)
     adaptation = Adaptation(config, plan, engine, cache, disk, trace, open_elsewhere, least_rows)
-    engine.between = adaptation.between
+    engine.between, engine.note = adaptation.between, adaptation.note
     return Tier(plan, found.text, engine, found.tower, found.adapters, cache, drive, forecast, adaptation)
 
 
@@ -144,11 +144,10 @@ async def _measured(means: Means, found: Survey, weights: Weights) -> tuple[floa
     async def probe() -> float | None:
         return await drive_speed(means.disk, found.streamed, ring) if found.streamed else None
 
+    forecast: Forecast | None = None
     if not found.plan.device_memory:
-        with suppress(*FOREIGN, ModelError):  # a step that cannot be run does not hold what is checked later
-            forecast = await foretell(found.plan, found.family, found.pieces, found.experts, means.compute, probe)
-            return forecast.drive_bytes_per_second, forecast
-    return await probe(), None
+        forecast = await foretell(found.plan, found.family, found.pieces, found.experts, means.compute, probe)
+    return await probe() if forecast is None else forecast.drive_bytes_per_second, forecast
 
 
 async def _open_cache(means: Means, found: Survey) -> tuple[Survey, Cache]:

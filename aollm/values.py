@@ -17,9 +17,9 @@ def nbytes(value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
     found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-z]*)\s*", str(value).lower())
-    if found is None or found[2] not in UNITS or not float(found[1]):
+    if found is None or found[2] not in UNITS or not (count := int(float(found[1]) * UNITS[found[2]])):
         raise ValueError(f"a size such as '3GiB', '800MB' or a positive number of bytes, not {value!r}")
-    return int(float(found[1]) * UNITS[found[2]])
+    return count
 
 
 def _path(value: object, what: str) -> Path:
@@ -35,7 +35,11 @@ def _device(value: object) -> str:
 
 
 def _texts(value: object) -> object:
-    return (value,) if isinstance(value, str) else () if value is None else tuple(value) if isinstance(value, list) else value
+    if value is None or isinstance(value, str):
+        return () if value is None else (value,)
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"a text or a list of texts, not {value!r}")
+    return tuple(value)
 
 
 def _numbers(value: object) -> object:
@@ -43,7 +47,9 @@ def _numbers(value: object) -> object:
         if not re.fullmatch(r"\s*\d{1,9}\s*(,\s*\d{1,9}\s*)*", value):
             raise ValueError(f"whole numbers such as 32,128,512, not {value!r}")
         return tuple(int(number) for number in value.split(","))
-    return tuple(value) if isinstance(value, list) else value
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"a list of whole numbers, or a text such as 32,128,512, not {value!r}")
+    return tuple(value)
 
 
 Size = Annotated[int, BeforeValidator(nbytes)]

@@ -41,8 +41,8 @@ class Weights:
         near = ("device",) if device.apart else ("device", "host")
         self._coming = [index for index, place in enumerate(placement) if place not in near]
         self.ring = Ring(ring_nbytes)
-        self._undo: list[Callable[[], None]] = [device.register(self.ring.arena)]
         self._landing = Landing.of(device, landing_nbytes) if device.apart and self._coming else None
+        self._undo: list[Callable[[], None]] = [device.register(self.ring.arena)]
         self._memory: Memory | None = None
         self._kept: dict[int, Params] = {}
         self._host: dict[int, Params] = {}

@@ -26,12 +26,9 @@ PLAIN = ["-m", "aollm.bench"]
 SLOWED = Path(__file__).with_name("slowed.py")
 DRIVER = """
 import json, sys
-from aollm.bench import campaign
 from aollm.bench.__main__ import main
 planted, skip = json.loads(sys.argv[1])
-lanes_of = campaign.lanes_of
-campaign.lanes_of = lambda *given: [lane for lane in lanes_of(*given) if lane.name not in skip]
-sys.exit(main(sys.argv[2:], [sys.executable, *planted]))
+sys.exit(main(sys.argv[2:], [sys.executable, *planted], skip))
 """
 NOISE = "import torch\na = torch.randn(512, 512)\nwhile True:\n    a = torch.tanh(a @ a)"
 

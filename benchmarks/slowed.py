@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
-import aollm.runtime
 from aollm.bench.__main__ import main
 from aollm.compute import Compute
 
@@ -36,5 +36,5 @@ class SlowCompute(Compute):
 
 if __name__ == "__main__":
     SlowCompute.share = float(sys.argv[1])
-    aollm.runtime.Compute = SlowCompute  # type: ignore[misc]
-    sys.exit(main(sys.argv[2:]))
+    with patch("aollm.runtime.Compute", SlowCompute):
+        sys.exit(main(sys.argv[2:]))

@@ -29,10 +29,15 @@ def make(folder: Path) -> Path:
     save_file(factors, folder / "garbler" / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["up_proj"]}
     (folder / "garbler" / "adapter_config.json").write_text(json.dumps(config))
+    print("a random adapter was made: its words mean nothing")
     return folder
 
 
 async def main() -> None:
+    if {"-h", "--help"} & {*sys.argv}:
+        return print(__doc__)
+    if len(sys.argv) not in (1, 3):
+        sys.exit("usage: python examples/adapter.py [model adapters]")
     with TemporaryDirectory() as made:
         model, folder = sys.argv[1:] or ("demo", make(Path(made)))
         async with Runtime.open(model, adapter_dir=folder) as runtime:

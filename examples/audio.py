@@ -31,10 +31,15 @@ def make(folder: str) -> str:
     ear = {**SIZES, "hidden_size": 32, "num_mel_bins": 16, "max_source_positions": 200}
     logging.disable_progress_bar()
     VoxtralForConditionalGeneration(VoxtralConfig(text_config=text, audio_config=ear, audio_token_id=18)).save_pretrained(folder)
+    print("a tiny random model was made: its words mean nothing")
     return folder
 
 
 async def main() -> None:
+    if {"-h", "--help"} & {*sys.argv}:
+        return print(__doc__)
+    if len(sys.argv) not in (1, 3):
+        sys.exit("usage: python examples/audio.py [model speech.wav]")
     with TemporaryDirectory() as folder:
         model, sound = sys.argv[1:] or (make(folder), np.sin(np.arange(5 * 16_000) / 7).astype(np.float32))
         content = [{"type": "audio", "audio": sound, "sampling_rate": 16_000}, {"type": "text", "text": "What is said?"}]

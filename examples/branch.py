@@ -14,6 +14,8 @@ QUESTIONS = ["Tell me a story about Tom.", "Tell me a story about a fox.", "What
 
 
 async def main() -> None:
+    if {"-h", "--help"} & {*sys.argv}:
+        return print(__doc__)
     answers: dict[str, str] = {}
 
     async def ask(session: Session, question: str) -> None:

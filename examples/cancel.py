@@ -21,6 +21,8 @@ async def read(stream: TokenStream) -> None:
 
 
 async def main() -> None:
+    if {"-h", "--help"} & {*sys.argv}:
+        return print(__doc__)
     async with Runtime.open((sys.argv[1:] or ["demo"])[0]) as runtime:
 
         def endless() -> TokenStream:

@@ -20,6 +20,8 @@ from aollm.reference import find
 
 
 async def main() -> None:
+    if {"-h", "--help"} & {*sys.argv}:
+        return print(__doc__)
     model = await find((sys.argv[1:] or ["demo"])[0])
     with TemporaryDirectory() as folder:
         target = Path(folder) / "exported"

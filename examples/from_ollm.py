@@ -4,6 +4,9 @@ import sys
 
 from aollm import Inference, TextStreamer  # was: from ollm import Inference, TextStreamer
 
+if {"-h", "--help"} & {*sys.argv}:
+    print(__doc__)
+    sys.exit()
 model, device = (*sys.argv[1:], *["demo", "cpu"][len(sys.argv) - 1 :])
 o = Inference(model, device=device, logging=False)
 o.ini_model(models_dir="./models/", force_download=False)

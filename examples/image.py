@@ -27,10 +27,15 @@ def make(folder: str) -> str:
     config = Gemma3Config(text_config={**SIZES, "vocab_size": 264}, vision_config=eye, mm_tokens_per_image=9, **IDS)
     logging.disable_progress_bar()
     Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    print("a tiny random model was made: its words mean nothing")
     return folder
 
 
 async def main() -> None:
+    if {"-h", "--help"} & {*sys.argv}:
+        return print(__doc__)
+    if len(sys.argv) not in (1, 3):
+        sys.exit("usage: python examples/image.py [model picture.png]")
     with TemporaryDirectory() as folder:
         model, picture = sys.argv[1:] or (make(folder), np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8))
         content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]

@@ -25,6 +25,8 @@ def document(stories: int) -> str:
 
 
 async def main() -> None:
+    if {"-h", "--help"} & {*sys.argv}:
+        return print(__doc__)
     model, stories, *_ = [*sys.argv[1:], *["demo", "250"][len(sys.argv) - 1 :]]
     with TemporaryDirectory() as folder:
         async with Runtime.open(model, kv_cache_strategy="paged", kv_cache_memory="4MiB", cache_dir=folder) as runtime:

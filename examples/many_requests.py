@@ -32,6 +32,8 @@ async def together(runtime: Runtime, names: list[str]) -> float:
 
 
 async def main() -> None:
+    if {"-h", "--help"} & {*sys.argv}:
+        return print(__doc__)
     async with Runtime.open((sys.argv[1:] or ["demo"])[0], offload_cpu_layers=0) as runtime:  # 0: read all layers in each pass
         await runtime.generate("Once upon a time", max_new_tokens=4)  # the first run is slower: it warms up
         alone = await together(runtime, NAMES[:1])

@@ -25,6 +25,8 @@ def make(folder: str) -> str:
 
 
 async def main() -> None:
+    if {"-h", "--help"} & {*sys.argv}:
+        return print(__doc__)
     with TemporaryDirectory() as folder:
         model, memory = (*sys.argv[1:], None)[:2] if sys.argv[1:] else (make(folder), "1MiB")
         async with Runtime.open(model, expert_memory=memory, max_context_tokens=256) as runtime:

@@ -1,5 +1,7 @@
 """Ask before running: what would be kept and read in several budgets, and how fast it would be; then run, and compare."""
 
+import sys
+
 import anyio
 
 import aollm
@@ -8,6 +10,8 @@ MODEL = "demo"
 
 
 async def main() -> None:
+    if {"-h", "--help"} & {*sys.argv}:
+        return print(__doc__)
     for memory in ("100MiB", "360MiB", "1GiB"):
         try:
             plan = await aollm.plan(MODEL, memory=memory, max_context_tokens=1024)

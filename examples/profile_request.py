@@ -11,6 +11,8 @@ from aollm import Runtime
 
 
 async def main() -> None:
+    if {"-h", "--help"} & {*sys.argv}:
+        return print(__doc__)
     model = (sys.argv[1:] or ["demo"])[0]
     async with Runtime.open(model, offload_cpu_layers=0) as runtime:  # 0: read all layers from disk, as for a model beyond memory
         await runtime.generate("Once upon a time", max_new_tokens=2)  # the first run is slower: it warms up

@@ -31,6 +31,8 @@ async def ask(session: Session, message: str, tokens: int) -> tuple[str, float, 
 
 
 async def main() -> None:
+    if {"-h", "--help"} & {*sys.argv}:
+        return print(__doc__)
     model = (sys.argv[1:] or ["demo"])[0]
     with TemporaryDirectory() as folder:
         kept: dict[str, Any] = {"kv_cache_strategy": "paged", "kv_cache_lifecycle": "persistent", "cache_dir": folder}

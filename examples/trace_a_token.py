@@ -12,6 +12,8 @@ from aollm import Runtime
 
 
 async def main() -> None:
+    if {"-h", "--help"} & {*sys.argv}:
+        return print(__doc__)
     model, path, *_ = [*sys.argv[1:], *["demo", "trace.json"][len(sys.argv) - 1 :]]
     async with Runtime.open(model, offload_cpu_layers=0) as runtime:  # 0: read all layers from disk, as for a model beyond memory
         await runtime.generate("Once upon a time", max_new_tokens=2)  # the first run is slower: it warms up

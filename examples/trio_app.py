@@ -31,6 +31,8 @@ async def tick(every_s: float) -> None:
 
 
 async def main() -> None:
+    if {"-h", "--help"} & {*sys.argv}:
+        return print(__doc__)
     async with Runtime.open((sys.argv[1:] or ["demo"])[0]) as runtime, trio.open_nursery() as ticking:
         ticking.start_soon(tick, 0.01)
         async with trio.open_nursery() as answers:

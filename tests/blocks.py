@@ -7,7 +7,8 @@ A comment in the line above a block may say of it
 `<!-- parsed: why -->`      its commands are only parsed
 `<!-- fails -->`            its commands end with 1 or 2
 `<!-- varies -->`           what is printed depends on the machine: only what its lines begin with is compared
-In what is printed, numbers stand for any numbers, `…` for anything, and a line of it for any lines.
+In what is printed, numbers stand for any numbers, `…` for anything, and a line of it for any lines. But what a Python block prints
+has its counts and ids: whole numbers without a unit are compared, and `…` stands where one varies.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class Page:
 
     def _text(self, block: Block) -> None:
         assert self._printed is not None, "a text is what the Python block before it prints"
-        compare(block.text, self._printed, block.mark)
+        compare(block.text, self._printed, block.mark, counts=True)
 
     def _console(self, block: Block) -> None:
         shown: list[tuple[str, list[str]]] = []
@@ -239,9 +240,9 @@ def check_script(script: Path, arguments: Sequence[str]) -> None:
         sys.path.remove(str(script.parent))
 
 
-def compare(shown: str, real: str, mark: str) -> None:
+def compare(shown: str, real: str, mark: str, counts: bool = False) -> None:
     """Raises `AssertionError` unless the lines that are shown are among those that were printed, in this order and, but for lines
-    of `…`, without any between them."""
+    of `…`, without any between them; with `counts`, whole numbers without a unit are the same."""
     if mark.endswith("varies"):
         shown, real = labels(shown), labels(real)
     printed = [line for line in real.splitlines() if line.strip()]
@@ -250,9 +251,9 @@ def compare(shown: str, real: str, mark: str) -> None:
         if line.strip() == "…":
             loose = True
         elif line.strip():
-            wanted = re.compile(".*".join(re.escape(part) for part in normal(line).split("…")))
+            wanted = re.compile(".*".join(re.escape(part) for part in normal(line, counts).split("…")))
             rest = range(at, len(printed) if loose else min(at + 1, len(printed)))
-            found = next((number for number in rest if wanted.fullmatch(normal(printed[number]))), None)
+            found = next((number for number in rest if wanted.fullmatch(normal(printed[number], counts))), None)
             assert found is not None, f"{line!r} was not printed {'after' if at else 'in'}:\n" + "\n".join(printed[at : at + 40])
             at, loose = found + 1, False
 
@@ -263,10 +264,12 @@ def labels(text: str) -> str:
     return "\n…\n".join(re.split(r"  +|[:(,\d]", line)[0] for line in begun)
 
 
-def normal(line: str) -> str:
-    """`line` with `0` for numbers, whatever their unit of size or time, one sign for bars, and single blanks."""
+def normal(line: str, counts: bool = False) -> str:
+    """`line` with `0` for numbers, whatever their unit of size or time, one sign for bars, and single blanks. With `counts`, whole
+    numbers without a unit, `times`, a point or a separator of thousands stay."""
     line = re.sub(r"[█▇▆▅▄▃▂▁░]+", "█", line)
-    line = re.sub(r"[-−]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?( ?([kKMGT]i?)?B\b| ?[mµn]?s\b)?", "0", line)
+    number = r"[-−]?\d+(,\d+)*(\.\d+)?(e[+-]?\d+)?( ?([kKMGT]i?)?B\b| ?[mµn]?s\b| ?%| times\b)?"
+    line = re.sub(number, lambda found: found[0] if counts and found[0].isdigit() else "0", line)
     return " ".join(line.split())
 
 

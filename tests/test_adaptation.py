@@ -182,6 +182,9 @@ async def test_memory_that_was_too_little_is_made_more_by_a_disk(folder: Path, t
         assert str(tmp_path / "kv_cache_paged") in applied["observed"]
         state = runtime.cache_state()
         assert (state["strategy_id"], state["cache_mode"], state["residency_mode"]) == ("paged", "disk-kv", "buffered-tail")
+        plan = runtime.plan
+        assert (plan.kv_cache_strategy, plan.cache_mode, plan.passes[-1].id) == ("paged", "disk-kv", "disk-cache")
+        assert plan.passes[-1].observed == applied["observed"] and (await runtime.generate([1, 2, 3], max_new_tokens=1)).plan == plan
         assert len(await ask(runtime, 4000)) == 2  # now it fits
         assert await talk.turn() < MORE + 4 and await talk.turn() < MORE + 4  # nothing is computed again
         assert talk.answers == wanted[0]
@@ -207,6 +210,7 @@ async def test_a_disk_that_nobody_needs_is_left(folder: Path, tmp_path: Path, wa
         assert (applied["rule"], applied["strategy"], applied["cut_off_tokens"]) == ("disk.unused", "resident", 0)
         state = runtime.cache_state()
         assert (state["strategy_id"], state["cache_mode"], state["persisted_bytes"]) == ("resident", "resident-kv", 0)
+        assert runtime.plan.cache_mode == "resident-kv" and "disk-cache" not in {each.id for each in runtime.plan.passes}
         assert state["spilled_tokens"] == 2 * BLOCK and not files_in(tmp_path)  # what was done is not forgotten
         assert await talk.turn() < MORE + 4 and await talk.turn() < MORE + 4
         assert talk.answers == wanted[0]

@@ -333,7 +333,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a link": (link_out, "is a link that leaves the model folder"),
     "a folder": (lambda folder: ((folder / TENSORS).unlink(), (folder / TENSORS).mkdir()), "is not a regular file"),
-    "empty": (lambda folder: (folder / TENSORS).write_bytes(b""), "its header claims"),
+    "empty": (lambda folder: (folder / TENSORS).write_bytes(b""), "the file is empty"),
     "no safetensors": (lambda folder: (folder / TENSORS).write_bytes(b"\xff" * 100), "its header claims"),
     "a pointer": (lambda folder: (folder / TENSORS).write_bytes(b"version https://git-lfs\n"), "git lfs pull"),
     "truncated": (lambda folder: (folder / TENSORS).write_bytes((folder / TENSORS).read_bytes()[:-1]), "is truncated"),

@@ -91,14 +91,20 @@ async def test_a_file_is_no_model(folder: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "no config": (lambda f: (f / "config.json").unlink(), r"^[^:]* is no model's folder: it has no config.json; give the folder"),
+    "no model_type": (lambda f: (f / "config.json").write_text("{}"), "^config.json names no model_type; [^;]*$"),
+    "a GGUF file alone": (
+        lambda f: ((f / "config.json").unlink(), (f / "model.safetensors").rename(f / "m.gguf")),
+        "no config.json; m.gguf cannot be taken: GGUF is not read; take the model .* as safetensors",
+    ),
+    "a GGUF file and no weights": (lambda f: (f / "model.safetensors").rename(f / "m.gguf"), "m.gguf cannot be taken: GGUF is not read"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "safetensors"),
     "empty config": (lambda f: (f / "config.json").write_text(""), "config.json"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json"),
     "config is binary": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json"),
     "config is deep": (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json"),
     "config is a folder": (lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()), "config.json"),
-    "weights are empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors"),
+    "weights are empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors: the file is empty; download"),
     "weights are a folder": (lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors").mkdir()), "model.safetensors"),
     "weights are cut": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]), "truncated|again"),
     "only a pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickle"),

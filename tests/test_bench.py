@@ -1,19 +1,32 @@
 """The benchmark: its figures come from events as they should, its command line answers in JSON, its pictures are pictures."""
 
 import json
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 from aollm.bench.__main__ import main
+from aollm.bench.card import card
 from aollm.bench.curves import points_of
+from aollm.bench.drive import Drive
+from aollm.bench.figures import lateness_ms
 from aollm.bench.history import LOG, record
 from aollm.bench.interval import interval_of, load
+from aollm.bench.overlap import Work
 from aollm.bench.passes import passes_of
 from aollm.bench.plot import title
+from aollm.bench.probe import Probe
+from aollm.bench.probe import Work as Probed
+from aollm.bench.yardstick import Yardstick
+from aollm.demo import MODEL
+from aollm.disk.memory import MemoryDisk
+from aollm.settings import RuntimeConfig
 from aollm.trace import Event, Trace
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -99,6 +112,75 @@ def test_overlap_shares_add_up(measured: tuple[dict[str, Any], Path]) -> None:
         assert each["bound_seconds_per_pass"] == max(each["disk_seconds_per_pass"], each["compute_seconds_per_pass"])
 
 
+@pytest.mark.parametrize(
+    ("late_s", "found", "told"),
+    [
+        ([], None, "event loop late  not told"),
+        ([0.003, 0.001, 0.002], {"p50": 2, "p99": 3, "max": 3, "beats": 3}, "median 2.00 ms, 99 % within 3.00 ms, at most 3.00 ms"),
+    ],
+)
+def test_lateness_is_of_beats_that_came(
+    late_s: list[float], found: dict[str, float] | None, told: str, measured: tuple[dict[str, Any], Path]
+) -> None:
+    late = lateness_ms(late_s)
+    assert late == (found if found is None else pytest.approx(found))
+    assert told in card(measured[0] | {"loop_lateness_ms": late})
+
+
+def test_overlap_finds_a_model_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    snapshot = tmp_path / "models--org--model" / "snapshots" / ("a" * 40)
+    snapshot.parent.mkdir(parents=True)
+    snapshot.symlink_to(MODEL)
+    (tmp_path / "models--org--model" / "refs").mkdir()
+    (tmp_path / "models--org--model" / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setenv("HF_HUB_CACHE", "/nonexistent")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    work = ["overlap", "org/model", "--tokens", "3", "--rounds", "1", "--output", "/dev/full"]
+    assert main([*work, "--models-dir", str(tmp_path)]) == 1
+    shown = capsys.readouterr()
+    result = json.loads(shown.out)  # which is printed though no file has it
+    assert (result["model"], result["decode_passes"]) == ("model", 2) and str(tmp_path) not in shown.out
+    assert shown.err.endswith("/dev/full cannot be written: No space left on device; the result is on stdout\n")
+    monkeypatch.setenv("AOLLM_RUNTIME__MODELS_DIR", str(tmp_path))
+    assert Work("org/model").config.models_dir == tmp_path  # what is not given is as configured
+
+
+class SlowToClose(MemoryDisk):
+    """A disk that waits before it closes."""
+
+    async def aclose(self) -> None:
+        await anyio.sleep(0.001)
+        await super().aclose()
+
+
+async def test_a_disk_is_closed_by_whoever_is_cancelled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    disks: list[SlowToClose] = []
+
+    def opened(*_: object) -> tuple[SlowToClose, str]:
+        disks.append(SlowToClose({}))
+        return disks[-1], "as asked"
+
+    monkeypatch.setattr("aollm.bench.drive.open_disk", opened)
+    monkeypatch.setattr("aollm.bench.probe.open_disk", opened)
+    config = RuntimeConfig.of("demo", {"cache_dir": tmp_path})
+    probe = Probe(Probed("plan", config))
+    for cancelled in (Drive(MODEL, "auto").probe, lambda: probe.plan(config, MODEL)):
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await cancelled()
+        assert scope.cancelled_caught and disks.pop().closed and not disks
+
+
+async def test_a_probe_without_a_yardstick_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError("no room for a yardstick")
+
+    monkeypatch.setattr(Yardstick, "of", full)
+    with pytest.raises(MemoryError, match="no room for a yardstick"):
+        await Probe(Probed("plan", RuntimeConfig.of("demo", {"cache_dir": tmp_path}))).run()
+    assert not [thread for thread in threading.enumerate() if thread.name == "aollm-compute"]
+
+
 def test_overlap_draws_the_last_pass(measured: tuple[dict[str, Any], Path]) -> None:
     result, folder = measured
     assert (folder / "lanes.png").read_bytes().startswith(PNG)
@@ -159,7 +241,8 @@ def test_plot_refuses_a_bad_file_in_one_line(kind: str, tmp_path: Path, capsys: 
     [
         (["overlap", "demo", "--memory", "much"], 2, "memory"),
         (["overlap", "demo", "--offload-cpu-layers", "-1"], 2, "offload_cpu_layers"),
-        (["overlap", "demo", "--output", "no/such/folder/result.json"], 2, "not a folder"),
+        *((["overlap", "demo", f"--{name}", "no/such/folder/result.file"], 2, f"{name}: no/such/folder") for name in ("output", "lanes")),
+        *((["overlap", "demo", f"--{name}", "/"], 2, f"{name}: / cannot be written") for name in ("output", "lanes")),
         (["overlap", "no-such-model"], 1, "no-such-model"),
         (["overlap", "demo", "--memory", "1MiB"], 1, "too small"),
     ],
@@ -168,6 +251,16 @@ def test_errors_are_one_line(arguments: list[str], code: int, said: str, capsys:
     assert main(arguments) == code
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.count("\n") == 1 and said in shown.err
+
+
+@pytest.mark.parametrize("arguments", [["overlap"], ["--probe-runtime", "--model"]], ids=["overlap", "probe"])
+def test_weights_that_lead_nowhere_are_one_line(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shutil.copytree(MODEL, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("nowhere")
+    assert main([*arguments, str(folder)]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1 and "safetensors" in shown.err
 
 
 @pytest.mark.parametrize("arguments", [["overlap"], ["overlap", "demo", "--tokens", "1"], ["plot", "trace.json"], ["sing"]])

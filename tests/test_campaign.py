@@ -206,12 +206,19 @@ def test_a_lane_that_hears_nothing_is_killed(monkeypatch: pytest.MonkeyPatch) ->
 def test_every_lane_can_be_typed() -> None:
     for profile, least in (("quick", 9), ("full", 20)):
         benchmark = scaled(BenchmarkConfig.of({"profile": profile}))
-        typed = {"memory": 1 << 30, "kv_cache_strategy": "sliding-window-ring-buffer", "kv_cache_window_tokens": 64, "device": "cpu"}
+        typed = {
+            "models_dir": "models",
+            "memory": 1 << 30,
+            "kv_cache_strategy": "sliding-window-ring-buffer",
+            "kv_cache_window_tokens": 64,
+            "device": "cpu",
+        }
         lanes = lanes_of(benchmark, RuntimeConfig.of("demo", typed), typed)
         assert len({lane.name for lane in lanes}) == len(lanes) >= least
         for lane in lanes:
             given = vars(parser().parse_args(lane.arguments))
             assert given["command"] == "overlap" or given["probe_runtime"]
+            assert given.get("models_dir") == (None if "--probe-tiny" in lane.arguments else "models")
             if lane.name == "warm":
                 assert (given["probe_kv_cache_strategy"], given["probe_kv_cache_window_tokens"]) == ("sliding-window-ring-buffer", 64)
                 assert (given["memory"], given["device"], given["model_reference"]) == (str(1 << 30), "cpu", "demo")
@@ -292,6 +299,7 @@ def test_a_run_is_compared_kept_and_told(house: House, capsys: pytest.CaptureFix
         ((0.006,), ["--fail-on-regression", "--session-turns", "5"], "not compared", 0),  # another kind of run
         ((0.006,), ["--fail-on-regression", "--history-codebase-label", "other"], "not compared", 0),
         ((0.006,), ["--fail-on-regression", "--memory", "2GiB"], "not compared", 0),
+        ((0.006,), ["--fail-on-regression", "--models-dir", "elsewhere"], "regression", 3),  # changes nothing that is measured
     ],
 )
 def test_a_slowdown_counts_when_it_is_found_again(
@@ -303,6 +311,44 @@ def test_a_slowdown_counts_when_it_is_found_again(
     result, _ = shown(capsys)
     assert result["comparison"]["verdict"] == verdict
     assert bool(result["measured_again"]) is (pace[0] > 0.0055)
+
+
+SET_APART: dict[str, Any] = {
+    "use_specialization": False, "device_memory": "1GiB", "max_context_tokens": 100, "max_concurrent_requests": 3, "use_cache": False,
+    "strategy_selector_profile": "capacity", "kv_cache_adaptation_mode": "disabled", "kv_cache_lifecycle": "persistent",
+    "kv_cache_window_tokens": 64, "kv_cache_memory": "9MiB", "expert_memory": "9MiB", "multimodal": False, "adapter_dir": "/a/lora",
+    "kv_cache_max_bytes": "9MiB", "kv_cache_max_age_s": 9.0, "disk_backend": "portable", "prefetch_depth": 9,
+    "dense_projection_chunk_rows": 33, "offload_cpu_layers": 1, "offload_cpu_policy": "prefix", "offload_gpu_layers": 1,
+    "memory": "1GiB", "kv_cache_strategy": "chunked", "backend": "transformers-generic", "device": "cpu",
+}  # fmt: skip
+ALIKE: dict[str, Any] = {
+    "models_dir": "elsewhere", "cache_dir": "elsewhere", "force_download": True, "verbose": True, "quiet": True, "model_reference": "demo",
+}  # fmt: skip
+BESIDE: dict[str, dict[str, Any]] = {
+    "offload_cpu_policy": {"offload_cpu_layers": 1},
+    "kv_cache_window_tokens": {"kv_cache_strategy": "sliding-window-ring-buffer", "kv_cache_window_tokens": 65},
+    "kv_cache_max_bytes": {"kv_cache_lifecycle": "persistent"},
+    "kv_cache_max_age_s": {"kv_cache_lifecycle": "persistent"},
+}
+
+
+def key_of(settings: dict[str, Any]) -> dict[str, Any]:
+    config = RuntimeConfig.of("demo", settings)
+    return Campaign(BenchmarkConfig.of({}), Target(MODEL, config, {}), Terminal(quiet=True)).key
+
+
+@pytest.mark.parametrize("name", RuntimeConfig.model_fields)
+def test_every_setting_that_is_measured_sets_runs_apart(name: str) -> None:
+    beside = BESIDE.get(name, {})
+    key = key_of({**beside, name: (SET_APART | ALIKE)[name]})
+    assert (key != key_of(beside)) is (name in SET_APART)
+    assert "/a" not in json.dumps(key)
+
+
+def test_lanes_can_be_left_out() -> None:
+    target = Target(MODEL, RuntimeConfig.of("demo", {}), {})
+    every, some = (Campaign(BenchmarkConfig.of({}), target, Terminal(quiet=True), skip=skip).lanes for skip in ((), ("plan", "cold", "no")))
+    assert [lane for lane in every if lane.name not in ("plan", "cold")] == some and len(some) == len(every) - 2
 
 
 def test_what_a_busy_machine_hides_is_measured_again(house: House, capsys: pytest.CaptureFixture[str]) -> None:
@@ -361,6 +407,8 @@ def test_a_full_disk_or_a_strange_history_loses_nothing(house: House, capsys: py
         (["--device", "tpu"], "device"),
         (["--probe-mode", "warm"], "--probe-runtime"),
         (["--probe-runtime", "--probe-tiny", "nothing"], "probe-tiny"),
+        (["--probe-runtime", "--output", "no/such/folder/a.json"], "output: "),
+        (["--probe-runtime", "--output", "/"], "output: "),
     ],
 )
 def test_bad_use_is_told_before_anything_is_measured(
@@ -408,8 +456,11 @@ def test_a_probe_by_hand_answers_in_json(capsys: pytest.CaptureFixture[str]) -> 
     assert main(command) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["plan"]["family"], result["plan"]["backend"]) == ("llama", "optimized-native")
-    assert main(["--probe-runtime", "--probe-mode", "plan", "--probe-tiny", "t5", "--probe-iterations", "1"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    work = ["--probe-runtime", "--probe-mode", "plan", "--probe-tiny", "t5", "--probe-iterations", "1"]
+    assert main([*work, "--output", "/dev/full"]) == 1
+    told = capsys.readouterr()
+    assert "/dev/full cannot be written: No space left on device" in told.err
+    result = json.loads(told.out)  # all the same
     assert (result["plan"]["family"], result["plan"]["backend"]) == ("t5", "transformers-generic")
     assert "t5" in result["plan"]["specialization_reason"]
 

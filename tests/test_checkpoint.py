@@ -240,7 +240,7 @@ def test_accepted_headers(file: bytes, names: list[str]) -> None:
 
 DUPLICATE = b'{"w":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"w":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}'
 LIES: dict[str, tuple[bytes, str]] = {
-    "empty file": (b"", "claims 0 bytes"),
+    "empty file": (b"", "the file is empty; download it again"),
     "seven bytes": (b"\x02" + bytes(6), "truncated"),
     "only a length": ((2).to_bytes(8, "little"), "claims 2 bytes"),
     "no header": (pack(b""), "does not start with {"),
@@ -487,7 +487,8 @@ def loop(folder: Path) -> None:
     [
         (lambda folder: folder / "gone", ModelError, "No such file"),
         (outside, ModelError, "Not a directory"),
-        (lambda folder: None, ModelError, "no \\*.safetensors file"),
+        (lambda folder: None, ModelError, "no \\*.safetensors file; download the model's weights"),
+        (lambda folder: (folder / "a.gguf").touch(), ModelError, "no \\*.safetensors file; a.gguf .*GGUF is not read.*as safetensors"),
         (bins, ModelError, "only pickles .pytorch_model.bin.*save_pretrained"),
         (two, ModelError, "2 \\*.safetensors files and no model.safetensors.index.json"),
         (lambda folder: (folder / SINGLE).symlink_to(outside(folder)), CheckpointError, "leaves the model folder"),
@@ -536,13 +537,13 @@ async def test_read_json(tmp_path: Path) -> None:
         (b'{"a": "\xff"}', "decode"),
         (b'{"a":' * 100_000, "nested too deeply"),
         (b"{" + b" " * 20_000 + b"}", "larger than 20000 bytes"),
-        (None, "No such file"),
+        (None, "is no model's folder: it has no config.json; give the folder that has one"),
     ],
 )
 async def test_read_json_refuses(tmp_path: Path, text: bytes | None, word: str) -> None:
     if text is not None:
         (tmp_path / "config.json").write_bytes(text)
-    with pytest.raises(ModelError, match=rf"{tmp_path}/config.json.*{word}"):
+    with pytest.raises(ModelError, match=rf"^{tmp_path}{'.' if text is None else '/config.json.*'}{word}"):
         await read_json(tmp_path / "config.json", limit=20_000 if b" " * 9 in (text or b"") else 1 << 20)
 
 

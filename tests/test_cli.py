@@ -20,10 +20,12 @@ import anyio
 import pytest
 
 from aollm import Completion, GenerationConfig, Runtime, RuntimeConfig
+from aollm.commands import chat
 from aollm.commands.completion import commands
 from aollm.options import GENERATION, MODELS, NO_OPTION, RUNTIME_GROUPS
 from aollm.parser import COMMANDS, parse, parsers
 from aollm.reference import ALIASES
+from aollm.stores.presets import PRESETS
 
 PROGRAM = [sys.executable, "-m", "aollm"]
 PLAIN = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "TERM")}
@@ -75,6 +77,10 @@ def test_help_takes_less_than_300_ms() -> None:
         (["pln"], 2, "did you mean plan?"),
         (["run"], 2, "PROMPT, behind MODEL where none is configured"),
         (["run", "a prompt alone"], 2, "model_reference: name a model"),
+        (["run", "demo"], 2, "error: PROMPT is missing: aollm run demo PROMPT\n"),
+        (["run", "--max-new-tokens", "3", "/"], 2, "error: PROMPT is missing: aollm run / PROMPT\n"),
+        (["run", "a prompt " * 999], 2, "model_reference: name a model"),
+        (["run", "demo", "x", "--disk-backend", "gds"], 2, "not in this build yet; use one of: auto, threads, uring, portable\n"),
         (["run", "demo", "two", "words"], 2, "these are 3; put a prompt in quotes"),
         (["chat", "--max-new-tokens", "3"], 2, "model_reference: name a model"),
         (["plan", "demo", "x"], 2, "'x' is more than aollm plan takes"),
@@ -92,13 +98,20 @@ def test_help_takes_less_than_300_ms() -> None:
         (["plan", "demo", "--memory", "1MiB"], 1, "memory=1.0 MiB is too small"),
         (["chat", "nowhere"], 1, "nowhere does not exist"),
         (["run", "demo", "x", "--kv-cache-strategy", "pagd"], 2, "kv_cache_strategy: should be 'auto', 'resident', 'chunked'"),
+        (["run", "demo", "x", "--kv-cache-strategy", "pagd"], 2, "or 'tiered-write-back'; did you mean paged?\n"),
+        (["config", "show", "--device", "cpi", "--memory", "1GiB"], 2, "did you mean cpu?"),
+        (["run", "demo", "x", "--device", "cuda:0", "--disk-backend", "thread"], 2, "or 'portable'; did you mean threads?\n"),
+        (["run", "demo", "x", "--kv-cache-strategy", "zebra"], 2, "or 'tiered-write-back'\n"),
         (["plan", "demo", "--kv-cache-strategy", "resident", "--kv-cache-lifecycle", "persistent"], 2, "choose a strategy that writes"),
-        (["run", "demo", "x", "--context-shift", "turn"], 2, "context_shift: should be 'stop', 'rotate' or 'prefill'"),
+        (["run", "demo", "x", "--context-shift", "turn"], 2, "context_shift: should be 'stop', 'rotate' or 'prefill'\n"),
+        (["run", "demo", "x", "--context-shift", "rotat"], 2, "or 'prefill'; did you mean rotate?\n"),
+        (["export", "demo", "--output", "/proc/no"], 1, "it is missing or cannot be made: choose another --output\n"),
+        (["run", "demo", "x", "--image", "/nope.png"], 1, "cannot be read (No such file or directory); give the path"),
         (["plan", "demo", "--kv-cache-strategy", "paged", "--kv-cache-memory", "9kB"], 1, "kv_cache_memory=8.8 KiB is too small"),
         (["chat", "demo", "--resume", "/no/talk.json"], 2, "--resume: /no/talk.json cannot be read: No such file or directory"),
         (["chat", "demo", "--save", "/no/talk.json"], 2, "--save /no/talk.json cannot be written: there is no such folder"),
-        (["run", "demo", "x", "--kv-cache-strategy", "paged", "--cache-dir", "/proc/no"], 1, "/proc/no/kv_cache_paged: No such file"),
-        (["run", "demo", "x", "--kv-cache-strategy", "paged", "--cache-dir", __file__], 1, "Not a directory"),
+        (["run", "demo", "x", "--kv-cache-strategy", "paged", "--cache-dir", "/proc/no"], 1, "it is missing or cannot be made: choose another cache_dir\n"),
+        (["run", "demo", "x", "--kv-cache-strategy", "paged", "--cache-dir", __file__], 1, "Not a directory; remove it, or choose another cache_dir\n"),
         (["cache"], 2, "required: ACTION"),
         (["cache", "list"], 2, "invalid choice: 'list' (choose from 'ls'"),
         (["cache", "verify", "--dorp"], 2, "did you mean --drop? (see aollm cache verify --help)"),
@@ -350,6 +363,7 @@ def test_plan_reads_no_weights() -> None:
     plan = json.loads(found.stdout)
     assert plan["pinned_nbytes"] + plan["streamed_nbytes_per_pass"] == plan["weights_nbytes"]
     assert plan["predicted"]["drive_bytes_per_second"] > 0
+    assert plan["kv_nbytes_per_context"] == 256 * plan["kv_nbytes_per_token"] == 256 * 1536
     assert sum(plan["ledger"].values()) <= plan["memory"]
     told = aollm("plan", "demo", "--offload-cpu-layers", "1", "--max-context-tokens", "256").stdout
     strip = next(line.strip() for line in told.splitlines() if "░░" in line)
@@ -360,8 +374,8 @@ def test_chat_over_a_pipe(tmp_path: Path) -> None:
     kept, broken = tmp_path / "talk.json", tmp_path / "broken.json"
     broken.write_text('{"messages": [{"role": 3}]}')
     lines = [
-        "/stats", "hello", "", f"/save {kept}", "/stats", "/reset", "/sing", "/save", f"/load {broken}", f"/load {tmp_path}/none",
-        f"/load {kept}", f"/save {kept}", "/help", "/quit", "never read",
+        "/stats", "hello", "", f"/save {kept}", "/stats", "/reset", "/stats", "/sing", "/save", f"/load {broken}", f"/load {tmp_path}/none",
+        f"/load {kept}", "/stats", f"/save {kept}", "/help", "/quit", "never read",
     ]  # fmt: skip
     found = aollm("chat", "demo", "--max-new-tokens", "8", "--max-context-tokens", "512", "--system", "Be brief.", stdin="\n".join(lines))
     assert found.returncode == 0
@@ -376,13 +390,17 @@ def test_chat_over_a_pipe(tmp_path: Path) -> None:
         f"saved 3 messages in {kept}",
         "3 messages",
         "forgotten",
+        "1 message",
         "aollm: error: there is no such command; there are /save",
         "aollm: error: give the name of a file",
         f"aollm: error: {broken} is no transcript: each message takes a role and a content",
         f"aollm: error: {tmp_path}/none cannot be read: No such file or directory",
         f"going on with 3 messages of {kept}",
+        "3 messages",
         f"saved 3 messages in {kept}",
     ]
+    none = [line.partition(" · ")[0] for line in told if line.endswith(" · there has been no answer yet")]
+    assert none == ["1 message", "1 message", "3 messages"]  # before the first, after it was forgotten, of another conversation
     assert sorted(tmp_path.iterdir()) == [broken, kept]  # nothing half-written is left
 
 
@@ -392,8 +410,17 @@ def test_plan_tells_of_the_kv_cache(tmp_path: Path) -> None:
     assert re.search(r"kv cache +quantized-cold-tier, persistent: 1.54 kB a token, 5,461 tokens in memory\n", told)
     assert f"whole blocks go to {tmp_path}/kv_cache_quantized_cold_tier as int8-symmetric-per-tensor, 2.00 GiB at most\n" in told
     assert list(tmp_path.iterdir()) == []
-    told = aollm("plan", "demo", "--max-context-tokens", "256").stdout
+    assert re.search(r"\n  context +131,072 tokens a request, 201 MB of keys and values\n", told) and "chosen by" not in told
+    window = ["--kv-cache-strategy", "sliding-window-ring-buffer", "--kv-cache-window-tokens", "1000", "--cache-dir", str(tmp_path)]
+    assert "131,072 tokens a request, 1.54 MB of keys and values\n" in aollm("plan", "demo", *window).stdout
+    told = aollm("plan", "demo", "--max-context-tokens", "256", "--offload-cpu-layers", "99").stdout
     assert re.search(r"kv cache +resident, runtime-scoped: 1.54 kB a token, [\d,]+ tokens in memory for all requests together\n", told)
+    known = r"[\d.]+ [MG]B of memory for keys and values, 393 kB for the 256 tokens that were asked for, [\d.]+ [MGT]B free on the drive"
+    assert re.search(rf"\n +chosen by the rule balanced.fits: .*\n +from {known}: resident, else paged\n", told)
+    assert re.search(r"cpu-offload: 12 of 14 pieces stay in memory: all 6 layers, of 99 asked for\n", told)
+    told = aollm("plan", "demo", "--kv-cache-lifecycle", "persistent", "--offload-cpu-layers", "6").stdout
+    assert re.search(r"\n +from .*, 201 MB for the 131,072 tokens that the model can have, .*: paged, else none\n", told)
+    assert "cpu-offload: 12 of 14 pieces stay in memory\n" in told
 
 
 LONG = " ".join([PROMPT, "there was a kind duck named Wilma. She lived in a green garden and was never afraid of the fox. " * 60])
@@ -483,6 +510,14 @@ def test_one_unusable_folder_does_not_hide_the_others(stored: Path, tmp_path: Pa
     assert re.fullmatch(r"aollm: error: .*kv_cache_chunked is a symbolic link or not a folder; .*\n", found.stderr)
 
 
+@pytest.mark.parametrize("strategy", ["auto", "pagd", *PRESETS])
+def test_a_conversation_is_kept_by_all_that_writes(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {} if strategy == "resident" else {"kv_cache_lifecycle": "persistent"}
+    monkeypatch.setitem(PRESETS, "another name", PRESETS.get(strategy, PRESETS["paged"]))
+    for name in (strategy, "another name"):
+        assert chat._defaults({"save": "talk.json", "kv_cache_strategy": name}, None) == kept
+
+
 def test_a_conversation_goes_on_in_another_run(tmp_path: Path) -> None:
     talk, folder = tmp_path / "talk.json", ["--cache-dir", str(tmp_path / "cache"), "--max-new-tokens", "24"]
     lines = ["Hello, my name is Vera.", "The secret number of Mira is 4817.", "Tell me a story about a fox."]
@@ -492,7 +527,7 @@ def test_a_conversation_goes_on_in_another_run(tmp_path: Path) -> None:
     assert [message["content"] for message in saved["messages"]][::2] == lines
     assert saved["settings"] | {"cache_dir": ""} == {"kv_cache_strategy": "paged", "kv_cache_lifecycle": "persistent", "cache_dir": ""}
 
-    again = aollm("chat", "demo", *folder, "--resume", str(talk), stdin="What is the secret number of Mira?\n/stats\n")
+    again = aollm("chat", *folder, "--resume", str(talk), stdin="What is the secret number of Mira?\n/stats\n")  # the model's name is in it
     reused = re.search(r"^(\d+) of (\d+) prompt tokens came from the KV cache \(.*\)$", again.stderr, re.MULTILINE)
     assert reused is not None and int(reused[2]) > int(reused[1]) > int(reused[2]) - 20
     assert json.loads(talk.read_text()) == saved

@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,6 +37,7 @@ from aollm import (
     Tokens,
 )
 from aollm.demo import MODEL
+from aollm.disk.base import Extent
 from aollm.request import OUTBOX
 
 TOKENS = 16
@@ -331,6 +334,69 @@ def test_what_cannot_be_opened_leaves_no_thread(tmp_path: Path) -> None:
     joined(client_threads() - before)
     shutil.copytree(MODEL, tmp_path, dirs_exist_ok=True)
     assert RuntimeClient(tmp_path).prompt("a", max_new_tokens=1).usage.completion_tokens == 1
+
+
+@contextmanager
+def opening(client: RuntimeClient, disk: MemoryDisk) -> Iterator[Callable[[], object]]:
+    """While another thread opens the client, which takes until what this gives is called."""
+    begun, go = threading.Event(), threading.Event()
+
+    def wait(extent: Extent) -> None:
+        begun.set()
+        assert go.wait(60)
+
+    disk.fail = wait
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(client.open)
+        assert begun.wait(60) and "not open" in repr(client)
+        try:
+            yield go.set
+        finally:
+            go.set()
+            done.exception(60)
+
+
+def test_closing_while_it_opens_waits_for_the_end_of_its_thread() -> None:
+    before, disk = client_threads(), MemoryDisk.of(MODEL)
+    client = RuntimeClient("demo", disk=disk)
+    with opening(client, disk) as go:
+        timer = threading.Timer(0.1, go)
+        timer.start()
+        client.close()
+        assert client_threads() <= before
+        timer.join()
+
+
+def test_an_answer_that_is_cancelled_while_the_model_opens_is_not_begun() -> None:
+    disk = MemoryDisk.of(MODEL)
+    client = RuntimeClient("demo", disk=disk, max_context_tokens=8192)
+    tokens = client.stream("a", **ENDLESS)
+    with ThreadPoolExecutor(1) as pool, opening(client, disk) as go:
+        read = pool.submit(lambda: list(tokens))
+        while not tokens._beginning.locked():
+            time.sleep(0.001)
+        tokens.cancel()
+        go()
+        assert read.result(60) == []
+    idle(client)
+    client.close()
+
+
+def test_all_readers_of_an_answer_that_cannot_begin_are_told() -> None:
+    client = RuntimeClient("demo").open()
+    tokens = client.stream("a", max_new_tokens=1)
+    assert client._background is not None
+    client._background.close()  # the runtime has ended, and the client does not know
+    for _ in range(2):
+        with pytest.raises(RequestError, match="runtime has ended"):
+            tokens._begun().take()
+    client.close()
+
+
+def test_a_configured_number_of_answers_is_not_that_of_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AOLLM_GENERATION__N", "2")
+    with RuntimeClient("demo") as client:
+        assert len(client.prompt("a", max_new_tokens=2).choices) == 2 and len(client.chat("a", max_new_tokens=2).choices) == 1
 
 
 def test_a_failing_drive_reaches_the_thread_that_waits() -> None:

@@ -21,6 +21,8 @@ from aollm.device import Host, choose_device
 from aollm.disk.auto import open_disk
 from aollm.export.writer import write_export
 from aollm.port import Port
+from aollm.trace import Trace
+from aollm.weights import Weights
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
 
@@ -168,6 +170,12 @@ async def test_what_does_not_fit_is_named_with_the_least_that_does(large: Path, 
     least = raised.value.changes[name]
     async with Runtime.open(folder, on=device, **COMMON, **(fields | {name: least + (16 << 20)})) as runtime:
         assert sum(runtime.plan.device_ledger.values()) <= runtime.plan.device_memory
+
+
+async def test_a_device_that_has_no_room_for_what_comes_keeps_nothing_of_the_host(device: FakeDevice) -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        Weights([], ["disk"], 1 << 20, device.limit + 1, device, MemoryDisk({}), Trace())
+    assert device.registered == 0
 
 
 @pytest.mark.parametrize("mix", ["streamed", "some of each"])

@@ -30,6 +30,7 @@ from aollm.disk.threads import ThreadsDisk
 from aollm.disk.uring import UringDisk, probe
 from aollm.errors import ConfigError, DiskError
 from aollm.port import Port
+from aollm.settings import RuntimeConfig
 
 pytestmark = pytest.mark.anyio
 
@@ -915,5 +916,7 @@ async def test_an_unknown_name_is_refused(port: Port, tmp_path: Path) -> None:
 
 
 async def test_gds_is_not_promised(port: Port, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"not in this build yet.*pip install 'aollm\[gds\]'"):
+    with pytest.raises(ConfigError, match="not in this build yet; use one of: ") as refused:
         open_disk("gds", port, tmp_path)
+    named = str(refused.value).rpartition(": ")[2].split(", ")
+    assert [RuntimeConfig.of("demo", {"disk_backend": name}).disk_backend for name in named] == ["auto", "threads", "uring", "portable"]

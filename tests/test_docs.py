@@ -157,6 +157,20 @@ def test_what_is_shown_is_compared(shown: str, mark: str, matches: bool) -> None
             compare(shown, real, mark)
 
 
+@pytest.mark.parametrize(
+    ("shown", "matches"),
+    [("length 4 [12, 12], 3 ms, 7 times, 9 %, 2,048", True), ("length 5 [12, 12], …", False), ("length … [12, 12], …", True)]
+    + [("length 4 [12, 13], …", False), ("length 4 [12, 12], 3, …", False), ("length 4.0 …", False)],
+)
+def test_counts_are_exact_where_python_printed_them(shown: str, matches: bool) -> None:
+    real = "length 4 [12, 12], 14.1 µs, 8 times, 10%, 1,024"
+    if matches:
+        compare(shown, real, "", counts=True)
+    else:
+        with pytest.raises(AssertionError, match="was not printed"):
+            compare(shown, real, "", counts=True)
+
+
 def test_commands_see_the_environment_they_are_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert "AOLLM_RUNTIME__MEMORY" in str(check_command("AOLLM_RUNTIME__MEMORY=3GiB aollm config show", ""))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,12 +24,12 @@ from aollm.checkup.storage import (
     check_free_disk,
     check_models_folder,
     check_weights_drive,
-    existing,
     filesystem,
     weights_in,
 )
 from aollm.checkup.system import check_files, check_io_uring, check_load, check_locked, check_memory, check_swap
 from aollm.cli import main
+from aollm.probe import existing
 
 PROGRAM = [sys.executable, "-m", "aollm", "doctor"]
 GIB = 1 << 30
@@ -213,10 +214,45 @@ def test_a_cache_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert advised(check_cache_root(tmp_path / "file", ""), "problem", "is not a folder")
     assert advised(check_cache_root(tmp_path / "file" / "inner", ""), "problem", "is not a folder")
-    assert advised(check_cache_root(Path("/proc/none"), ""), "problem", "no file can be made in /proc")
+    unwritable = check_cache_root(Path("/proc/none"), "")
+    assert advised(unwritable, "problem", "no file can be made in /proc") and unwritable.advice == "name another with --cache-dir"
     missing = check_cache_root(tmp_path / "a" / "b", "")
     assert advised(missing, "ok", "made when it is needed") and existing(tmp_path / "a" / "b") == tmp_path
     assert sorted(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+@pytest.fixture
+def locked(tmp_path: Path) -> Iterator[Path]:
+    """A folder that may not be entered; root, who may enter any, is somebody else meanwhile."""
+    folder = tmp_path / "locked"
+    (folder / "inner").mkdir(parents=True)
+    tmp_path.chmod(0o755)
+    folder.chmod(0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(1234)
+    try:
+        yield folder
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o700)
+
+
+@pytest.mark.parametrize("below", ["", "inner", "inner/cache", "none"])
+def test_folders_below_one_that_may_not_be_entered(locked: Path, below: str) -> None:
+    folder = locked / below
+    check = check_cache_root(folder, "")
+    assert advised(check, "problem", "no file can be made in") and str(check.advice).endswith(", or change its mode")
+    assert advised(check_models_folder(folder, ""), "problem", "is not a folder that this user may")
+
+
+def test_links_to_nowhere_are_no_folders(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to("gone")
+    for folder in (link, link / "inner"):
+        assert existing(folder) == link
+        assert advised(check_cache_root(folder, ""), "problem", "link is not a folder")
+        assert advised(check_models_folder(folder, ""), "problem", "link is not a folder")
 
 
 @pytest.mark.needs_root

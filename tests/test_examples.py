@@ -1,8 +1,10 @@
 """Each example runs as it is; the two servers serve real clients over loopback."""
 
+import ast
 import importlib.util
 import json
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -71,6 +73,33 @@ def test_script(name: str, arguments: list[str], words: str, tmp_path: Path) -> 
     if name == "many_requests":
         alone, together = map(int, re.findall(r"requests, (\d+) passes", ran.stdout))
         assert together < 3 * alone  # twelve on their own would take twelve times as many
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_is_the_docstring(example: Path, flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", [str(example), flag])
+    ended = 0
+    try:
+        runpy.run_path(str(example), run_name="__main__")
+    except SystemExit as end:
+        ended = end.code or 0
+    said = ast.get_docstring(ast.parse(example.read_text()), clean=False)
+    shown = capsys.readouterr()
+    assert said is not None and said.strip() in shown.out
+    assert (ended, shown.err) == (0, "")
+    if example.stem not in SERVERS:  # whose parsers tell their options too
+        assert shown.out.strip() == said.strip()
+
+
+@pytest.mark.parametrize(
+    ("name", "usage"), [("adapter", "[model adapters]"), ("audio", "[model speech.wav]"), ("image", "[model picture.png]")]
+)
+@pytest.mark.parametrize("arguments", [["demo"], ["demo", "a", "b"]])
+def test_usage(name: str, usage: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with pytest.raises(SystemExit, match=re.escape(f"usage: python examples/{name}.py {usage}")):
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
 
 @pytest.fixture(scope="module", params=SERVERS)

@@ -390,7 +390,7 @@ async def test_an_index_that_stayed_behind_does_not_hide_the_export(models: dict
         shard.unlink()
     async with opened() as disk:
         assert len((await open_checkpoint(folder, disk)).tensors) == 3 + 2 * (7 + 9)
-        with pytest.raises(CheckpointError, match=r"weight file model-00001-of-00002\.safetensors cannot be opened"):
+        with pytest.raises(CheckpointError, match=r"weight file model-0000[12]-of-00002\.safetensors cannot be opened"):
             await open_checkpoint(folder, disk, "published")
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import exp
+from math import exp, inf, nan
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -66,6 +66,14 @@ def test_a_log_cut_anywhere_keeps_the_lines_before(tmp_path: Path) -> None:
     assert entries == [made[0], added] and len(said) == 1 and "damaged" in said[0]
 
 
+INCOMPARABLE: list[dict[str, Any]] = [
+    *(value() | {name: wrong} for name in ("seconds", "yardstick_seconds") for wrong in (0, -1.0, "1", None, True, nan, inf)),
+    *(value() | {"drive_bytes_per_second": wrong} for wrong in (0, -1.0, "1", nan)),
+    *({name: each for name, each in value().items() if name != missing} for missing in value() if missing != "count"),
+    value() | {"yardstick": None},
+]
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -75,7 +83,7 @@ def test_a_log_cut_anywhere_keeps_the_lines_before(tmp_path: Path) -> None:
         ("\udcff\udcfe", "damaged"),
         (json.dumps({"schema": "1"}), "damaged"),
         (json.dumps({"schema": 1, "id": "a", "time": "b", "key": [], "values": {}}), "damaged"),
-        (json.dumps({"schema": 1, "id": "a", "time": "b", "key": {}, "values": {"warm": {"seconds": 0}}}), "damaged"),
+        *((json.dumps({"schema": 1, "id": "a", "time": "b", "key": KEY, "values": {LANES[0]: each}}), "damaged") for each in INCOMPARABLE),
     ],
 )
 def test_a_line_of_others_is_left_alone(line: str, said: str, tmp_path: Path) -> None:
@@ -85,6 +93,7 @@ def test_a_line_of_others_is_left_alone(line: str, said: str, tmp_path: Path) ->
         file.write(strange)
     later = record(tmp_path, KEY, run(), {})
     entries, told = heard(tmp_path)
+    assert judge(DECODE, run(), entries) is not None
     assert entries == [made, later] and len(told) == 1 and said in told[0] and f"{LOG}:2" in told[0]
     assert strange in (tmp_path / LOG).read_bytes()
 
@@ -124,10 +133,10 @@ def test_a_folder_that_cannot_be_made_or_read_is_told(tmp_path: Path) -> None:
 
 def test_processes_that_record_at_once_all_do(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from aollm.bench.history import record\n"
-        "for n in range(20): record(Path(sys.argv[1]), {'n': n}, {'warm': {'seconds': 1.0, 'pad': 'x' * 3000}}, {})"
+        "import json, sys; from pathlib import Path; from aollm.bench.history import record\n"
+        "for n in range(20): record(Path(sys.argv[1]), {'n': n}, {'warm': {**json.loads(sys.argv[2]), 'pad': 'x' * 3000}}, {})"
     )
-    running = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path)]) for _ in range(4)]
+    running = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path), json.dumps(value())]) for _ in range(4)]
     assert [each.wait(30) for each in running] == [0] * 4
     entries, said = heard(tmp_path)
     assert len({each.id for each in entries}) == 80 and said == []

@@ -136,6 +136,15 @@ def test_the_ids_are_those_of_transformers(o: Inference, theirs: Any, ids: torch
     assert (found.dtype, found.tolist()) == (torch.long, generated(theirs, ids, **options))
 
 
+@pytest.mark.parametrize("ids", [PROMPT, BATCH[1:2].repeat(2, 1)], ids=["one", "two"])
+def test_a_prompt_has_one_answer_whatever_is_configured(
+    o: Inference, theirs: Any, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    o.client()
+    monkeypatch.setenv("AOLLM_GENERATION__N", "2")
+    assert o.model.generate(ids, max_new_tokens=6).tolist() == generated(theirs, ids, max_new_tokens=6)
+
+
 @pytest.mark.parametrize("pad", [PAD, None])
 def test_answers_that_end_are_padded(o: Inference, theirs: Any, pad: int | None) -> None:
     """The ids that end an answer are taken from the middle of what would be said without them."""
@@ -276,6 +285,52 @@ def test_settings_made_later_take_effect(models: Path, theirs: Any, tmp_path: Pa
         assert third is not second and len({piece.split()[1] for piece in kept if piece.startswith("layer")}) == 2
         o.close()
         assert ask()[0] is not third
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted"),
+    [
+        ("cpu", [(2, None), (3, None), (1, None), (2, None), (2, None), (0, None)]),
+        ("cuda:0", [(2, None), (2, 1), (0, 1), (0, 2), (2, 0), (0, 0)]),
+    ],
+)
+def test_layers_of_one_memory_leave_those_of_the_other(
+    device: str, wanted: list[tuple[int, int | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Of the host and of the device; a CPU has one memory for both."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    o, found = Inference(NAME, device), []
+    for keep, numbers in (
+        (o.offload_layers_to_cpu, {"layers_num": 2, "policy": "prefix"}),
+        (o.offload_layers_to_gpu, {"layers_num": 1}),
+        (o.offload_layers_to_cpu, {"layers_num": 0}),
+        (o.offload_layers_to_gpu_cpu, {"gpu_layers_num": 2}),
+        (o.offload_layers_to_gpu_cpu, {"gpu_layers_num": 0, "cpu_layers_num": 2}),
+        (o.offload_layers_to_cpu, {"layers_num": 0}),
+    ):
+        keep(**numbers)
+        with pytest.raises(ConfigError, match="should be greater than or equal to 0"):
+            o.offload_layers_to_gpu(-1)
+        found.append((o._fields["offload_cpu_layers"], o._fields.get("offload_gpu_layers")))
+    assert found == wanted
+
+
+def test_another_model_takes_the_place_of_the_first(models: Path, theirs: Any, tmp_path: Path) -> None:
+    other = tiny.save(tmp_path / NAME, "qwen2", vocab_size=VOCABULARY)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / name, other / name)
+    first, second = generated(theirs, max_new_tokens=4), generated(tiny.load(other), max_new_tokens=4)
+    assert first != second
+    with Inference(NAME, "cpu", logging=False) as o:
+        o.ini_model(models)
+        client, tokenizer = o.client(), o.tokenizer
+        o.ini_model(models)  # the same again
+        assert o.client() is client and o.tokenizer is tokenizer
+        assert o.model.generate(PROMPT, max_new_tokens=4).tolist() == first
+        o.processor = tokenizer
+        o.ini_model(tmp_path)
+        assert o.model.generate(PROMPT, max_new_tokens=4).tolist() == second
+        assert (o.tokenizer.name_or_path, o.processor.name_or_path) == (str(other), str(other))
 
 
 def test_a_window_and_a_lifecycle_may_be_asked_for(o: Inference, tmp_path: Path) -> None:

@@ -179,6 +179,15 @@ async def test_what_is_read_for_a_token_is_what_is_not_in_memory(folder: Path, t
         assert payload * len(watch.read) <= sum(event.nbytes for event in loads) <= 1.05 * payload * len(watch.read)
 
 
+async def test_an_answer_tells_where_its_keys_and_values_were_when_it_ended(folder: Path, tmp_path: Path) -> None:
+    async with opened(folder, tmp_path, "paged", LEAST, max_concurrent_requests=1) as runtime:
+        state = (await runtime.generate(tiny.prompt(5 * BLOCK + 20), max_new_tokens=12)).cache_state
+        assert state["persisted_tokens"] >= 4 * BLOCK and state["resident_tokens"] and state["persisted_layer_count"] == LAYERS
+        assert (state["kv_cache_strategy"], state["cache_mode"]) == ("paged", "disk-kv")
+        assert state["prefix_hit_tokens"] == 0 and "runtime-scoped" in state["prefix_miss_reason"]
+        assert runtime.cache_state()["resident_tokens"] == 0  # and now it is over
+
+
 # Company
 
 

@@ -227,7 +227,7 @@ BAD_IMAGES: dict[str, tuple[Any, str]] = {
     "no comma": (image("data:image/png;base64"), "no data URI"),
     "http": (image("http://example.com/a.png"), "not fetched; download it first"),
     "https in image_url": ({"type": "image_url", "image_url": {"url": "HTTPS://example.com/a.png"}}, "not fetched"),
-    "no file": (image("/nowhere/a.png"), "cannot be read.*No such file"),
+    "no file": (image("/nowhere/a.png"), r"^'/nowhere/a.png' cannot be read \(No such file or directory\); give the path"),
     "a folder": (image("/"), "cannot be read.*directory"),
     "zeros without end": (image("/dev/zero"), "device or a pipe"),
     "a terminal": (image("/dev/tty"), "cannot be read|device"),

@@ -5,20 +5,26 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.lowlevel
 import pytest
 import torch
 from tiny import pack, save
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from aollm.anatomy import Anatomy, anatomy
+from aollm.anatomy import Anatomy, anatomy, parameters
 from aollm.cli import main
+from aollm.commands import models
 from aollm.demo import MODEL as DEMO
 from aollm.disk.portable import PortableDisk
-from aollm.errors import ModelError
+from aollm.errors import ModelError, SpecializationError
 from aollm.export.opening import FOLDER
 from aollm.families import FAMILIES
 from aollm.inventory import Entry, disk_nbytes, inventory, native, whole
 from aollm.reference import ALIASES
+from aollm.settings import RuntimeConfig
+from aollm.survey import build_family
+from aollm.tensors import Checkpoint
 
 A, B, C = "a" * 40, "b" * 40, "c" * 40
 WEIGHTS = "model.safetensors"
@@ -47,6 +53,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shelve(root, "meta-llama/Llama-3.2-1B-Instruct", A)
     shelve(root, "openai/gpt-oss-20b", B, without=WEIGHTS)
     (root / "models--openai--gpt-oss-20b" / "blobs" / "0.incomplete").write_bytes(bytes(1_000_000))
+    (root / "models--openai--gpt-oss-20b" / "blobs" / "1.incomplete").symlink_to("gone")  # as one that arrives meanwhile
     shelve(root, "org/two", A)
     (root / "models--org--two" / "refs" / "alpha").write_text(A)  # another name of what main is
     shelve(root, "org/two", B, "v2")
@@ -109,11 +116,49 @@ async def test_a_folder_that_is_missing(tmp_path: Path) -> None:
         await inventory(tmp_path / "none")
 
 
-def test_what_is_native_by_its_configuration() -> None:
-    assert all(native({"model_type": kind}) for kind in FAMILIES)
-    packed = {"quantization_config": {"quant_method": "mxfp4"}}
-    assert native({"model_type": "gpt_oss", **packed}) and not native({"model_type": "llama", **packed})
-    assert not native({}) and not native({"model_type": "bert"})
+@pytest.mark.parametrize("kind", [*FAMILIES, "bert", None, []], ids=str)
+@pytest.mark.parametrize(
+    "said", [None, {}, "mxfp4", "gptq", {"quant_method": "mxfp4"}, {"quant_method": "bitsandbytes"}, {"bits": 4}], ids=str
+)
+def test_what_is_native_by_its_configuration_is_what_a_run_takes(kind: Any, said: Any, tmp_path: Path) -> None:
+    described = {"model_type": kind, "quantization_config": said}
+    plain, packed = not said, said in ("mxfp4", {"quant_method": "mxfp4"})
+    assert native(described) == (isinstance(kind, str) and kind in FAMILIES and (plain or (packed and kind == "gpt_oss")))
+    with pytest.raises(ModelError) as raised:  # nothing is there: who takes it misses the embedding table
+        build_family(described, Checkpoint(tmp_path, {}, (), 0))
+    assert isinstance(raised.value, SpecializationError) != native(described)
+
+
+@pytest.mark.parametrize(("kind", "counted"), [("gpt_oss", True), ("llama", False), ("bert", False)])
+def test_what_nobody_here_reads_is_not_counted(kind: str, counted: bool) -> None:
+    packed = {"model_type": kind, "quantization_config": {"quant_method": "mxfp4"}}
+    nothing = Checkpoint(DEMO, {}, (), 0)
+    assert (parameters(packed, nothing), parameters({"model_type": kind}, nothing)) == (0 if counted else None, 0)
+
+
+class Closing(PortableDisk):
+    """Takes a turn of the loop to close."""
+
+    closed = False
+
+    async def aclose(self) -> None:
+        await anyio.lowlevel.checkpoint()
+        await super().aclose()
+        self.closed = True
+
+
+async def test_an_interrupt_leaves_no_disk_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Closing()
+
+    async def interrupted(folder: Path, disk: Any) -> None:
+        scope.cancel()
+        await anyio.sleep_forever()
+
+    monkeypatch.setattr(models, "open_disk", lambda *given: (disk, ""))
+    monkeypatch.setattr(models, "anatomy", interrupted)
+    with anyio.CancelScope() as scope:
+        await models._look(RuntimeConfig.of("demo", {}))
+    assert scope.cancelled_caught and disk.closed
 
 
 async def look(folder: Path, disk: PortableDisk | None = None) -> Anatomy:
@@ -189,13 +234,20 @@ async def test_quantized_weights_are_not_guessed_at(tmp_path: Path) -> None:
     assert "quantized by 'awq'" in found.tier_reason
 
 
-async def test_a_model_that_nobody_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("no-such-kind", "transformers has no model of type 'no-such-kind' that generates text"),
+        (None, "config.json names no model_type"),
+    ],
+)
+async def test_a_model_that_nobody_runs(kind: str | None, reason: str, tmp_path: Path) -> None:
     folder = save(tmp_path)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "no-such-kind"}))
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": kind}))
     found = await look(folder)
     assert (found.tier, found.layers, found.kv_nbytes_per_token) == (None, None, None)
-    assert found.tier_reason == "transformers has no model of type 'no-such-kind' that generates text"
+    assert found.tier_reason == reason
 
 
 async def test_headers_alone_are_read() -> None:

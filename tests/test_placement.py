@@ -71,6 +71,12 @@ def test_what_is_kept_is_spread_over_the_pass() -> None:
     assert spread([10] * 4, 20) == {0, 2}
 
 
+@pytest.mark.parametrize("room", [5, 0, -5])
+def test_what_is_named_may_leave_nothing_and_no_room(room: int) -> None:
+    assert place([0, 1], [10, 10], {0, 1}, None, None, room) == ["host", "host"]
+    assert spread([], room) == spread([10], room) == set()
+
+
 @pytest.mark.parametrize(
     ("layers", "kept", "wanted"),
     [(6, 1, {3}), (6, 2, {1, 4}), (6, 3, {1, 3, 5}), (5, 5, {0, 1, 2, 3, 4}), (3, 9, {0, 1, 2}), (4, 0, set())],

@@ -1,6 +1,8 @@
 """What is told before a run: sizes, speeds, what would make it fit; with and without weights; and what came of it."""
 
 import json
+import random
+import resource
 import shutil
 import struct
 from collections.abc import Mapping, Sequence
@@ -13,6 +15,7 @@ import anyio
 import psutil
 import pytest
 import tiny
+import torch
 
 from aollm import MemoryBudgetError, ModelError, Runtime, RuntimeConfig
 from aollm.buffers import PAGE, Ring
@@ -21,10 +24,10 @@ from aollm.disk.base import Extent, Priority, Span
 from aollm.disk.threads import ThreadsDisk
 from aollm.forecast import ENTRY_S, HOPS_S, Forecast
 from aollm.outlook import Outlook, choose
-from aollm.pace import Pace, at
+from aollm.pace import Pace, at, rising
 from aollm.planning import look, plan
 from aollm.port import Port
-from aollm.probe import drive_speed
+from aollm.probe import drive_speed, folder_speed
 
 pytestmark = [pytest.mark.anyio]
 
@@ -205,7 +208,8 @@ async def test_choosing_reads_headers_and_nothing_else(folder: Path) -> None:
     ("room", "fields", "named"),
     [
         (0, {}, {"memory"}),
-        (300, {"max_context_tokens": 1 << 21}, {"memory", "max_context_tokens"}),
+        (300, {"max_context_tokens": 1 << 21}, {"memory", "max_context_tokens", "kv_cache_strategy"}),
+        (300, {"kv_cache_memory": 500 << 20, "max_context_tokens": 4096, "max_concurrent_requests": 4096}, {"memory", "kv_cache_memory"}),
         (120, {"max_context_tokens": 64, "max_concurrent_requests": 4096}, {"memory", "max_concurrent_requests"}),
     ],
 )
@@ -213,17 +217,21 @@ async def test_what_does_not_fit_says_the_smallest_changes_that_do(
     folder: Path, room: int, fields: dict[str, Any], named: set[str]
 ) -> None:  # fmt: skip
     """`room`: MiB beyond what this process has already."""
-    fields = {"kv_cache_strategy": "resident", "memory": psutil.Process().memory_info().rss + (room << 20), **fields}
+    fields = {"kv_cache_strategy": "resident", **fields}
+    before, grown = own_memory(), 16 << 20  # by which the process may grow or shrink between two looks at it
     with pytest.raises(MemoryBudgetError, match="it would fit with memory=") as raised:
-        await plan(folder, **fields)
+        await plan(folder, **fields, memory=before + (room << 20))
     changes = raised.value.changes
     assert named <= changes.keys()
-    grown = 16 << 20  # by which the process may grow between two attempts
-    for name, value in changes.items():
-        more = grown if name == "memory" else 0
-        await plan(folder, **{**fields, "memory": fields["memory"] + grown, name: value + more})
+    least = changes.pop("memory") - before
+    for each in ({"memory": own_memory() + least + grown}, *({name: value} for name, value in changes.items())):
+        await plan(folder, **{**fields, "memory": own_memory() + (room << 20) + grown, **each})
     with pytest.raises(MemoryBudgetError):
-        await plan(folder, **fields | {"memory": changes["memory"] - grown})
+        await plan(folder, **fields, memory=own_memory() + least - grown)
+
+
+def own_memory() -> int:
+    return int(psutil.Process().memory_info().rss)
 
 
 async def test_opening_says_it_too(folder: Path) -> None:
@@ -238,6 +246,11 @@ EVEN = {1: 1.0, 8: 2.0, 128: 32.0}
 @pytest.mark.parametrize(("rows", "seconds"), [(1, 1.0), (4, 1 + 3 / 7), (8, 2.0), (68, 17.0), (128, 32.0), (256, 64.0), (512, 128.0)])
 def test_between_and_beyond_the_rows_that_were_tried(rows: int, seconds: float) -> None:
     assert at(EVEN, rows) == pytest.approx(seconds)
+
+
+def test_fewer_rows_never_take_longer() -> None:
+    assert rising({1: 3.0, 8: 2.0, 32: 5.0, 128: 4.0}) == {1: 2.0, 8: 2.0, 32: 4.0, 128: 4.0}
+    assert rising(EVEN) == EVEN
 
 
 NOTHING = dict.fromkeys(EVEN, 0.0)
@@ -281,6 +294,48 @@ async def test_experts_take_turns_with_computing(folders: dict[str, Path]) -> No
     mixed = forecast(outlook, 150.0, mixed=True, **sizes)  # one and a half a layer, so two thirds of a second are not hidden
     assert mixed.decode(1, 10).seconds_per_pass == pytest.approx(3 + 1 / 1.5 + 4 * HOPS_S)
     assert forecast(outlook, 1e9, mixed=True, **sizes).decode(1, 10).seconds_per_pass == pytest.approx(1 + 4 * HOPS_S, abs=1e-4)
+
+
+@ONE_LOOP
+async def test_layers_read_no_more_of_a_history_than_they_see(folders: dict[str, Path]) -> None:
+    sizes = {"streamed_nbytes_per_pass": 0, "kv_tokens": 100, "kv_nbytes_per_token": 10, "kv_cache_strategy": "paged"}
+    whole = await look(RuntimeConfig.of(folders["llama"], WHOLE))
+    for strategy, coded in (("paged", 1.0), ("quantized-cold-tier", 0.5)):
+        found = forecast(whole, 2_000.0, **sizes | {"kv_cache_strategy": strategy})
+        assert found.decode(2, 150).bytes_per_pass == int(coded * (300 - 100) * 10)
+    ring = sizes | {"kv_cache_strategy": "sliding-window-ring-buffer", "kv_window_tokens": 60}
+    assert forecast(whole, 2_000.0, **ring).decode(2, 150).bytes_per_pass == (2 * 60 - 100) * 10
+    ring |= {"max_context_tokens": 100_000, "max_concurrent_requests": 1}
+    assert forecast(whole, 2_000.0, **ring).prediction().disk_nbytes == 4 * 1024 * 10
+    some = await look(RuntimeConfig.of(folders["gemma3_text"], WHOLE))
+    found = forecast(some, 2_000.0, **sizes)
+    seen = [found.family.kv.window(layer) or 1000 for layer in range(found.family.kv.layers)]
+    assert min(seen) < 1000 == max(seen)
+    assert found.decode(1, 1000).bytes_per_pass == int(sum(max(tokens - 100, 0) for tokens in seen) / len(seen) * 10)
+
+
+@ONE_LOOP
+async def test_what_is_foretold_takes_no_random_number_of_the_caller(folder: Path) -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+    before = torch.get_rng_state(), random.getstate()
+    await plan(folder, **WHOLE, offload_cpu_layers=0)
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
+
+
+async def test_a_drive_that_cannot_be_measured_is_left_as_it_was(tmp_path: Path) -> None:
+    """Files may not be larger than a mebibyte: writing the one that is to be read fails in the middle."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    async with Port() as port:
+        disk = ThreadsDisk(port)
+        try:
+            assert await folder_speed(disk, tmp_path, Ring(8 * PAGE), 2 << 20)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+            assert await folder_speed(disk, tmp_path, Ring(8 * PAGE), 8 << 20) is None
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            await disk.aclose()
+    assert not list(tmp_path.iterdir())
 
 
 @ONE_LOOP

@@ -260,6 +260,7 @@ def test_a_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("hf://org/mod\nel", "names no repository"),
         ("hf://örg/model", "names no repository"),
         (__file__, "is a file, not a folder"),
+        ("m.gguf", "m.gguf is a file, not a folder, and GGUF is not read; take the model"),
     ],
 )
 async def test_what_means_nothing_is_told(reference: str, message: str, tmp_path: Path) -> None:

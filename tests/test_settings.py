@@ -214,6 +214,11 @@ def test_n_is_for_answers_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None
         ({}, "[benchmark]\nzzz = 1", r"zzz is not a setting of \[benchmark\]; there are profile, iterations"),
         ({}, "[server]\nport = 1", "server: this section has no settings yet; take port out"),
         ({}, "[runtime]\nmemory = 'much'", r"memory: a size such as '3GiB'.*, not 'much' \(from aollm\.toml: /"),
+        ({}, "[runtime]\nmemory = '0.5'", r"memory: a size such as '3GiB'.*, not '0\.5' \(from aollm\.toml: /"),
+        ({}, "[generation]\nstop = 5", r"stop: a text or a list of texts, not 5 \(from aollm\.toml: /"),
+        ({}, "[generation]\nstop = {a = 1}", r"stop: a text or a list of texts, not \{'a': 1\} \("),
+        ({}, "[runtime]\ndisk_backend = 'memory'", "disk_backend: should be 'auto', 'threads'"),
+        ({}, "[runtime]\noffload_cpu_policy = 'prefix'", r"offload_cpu_policy: .*\(offload_cpu_policy is from aollm\.toml: /"),
         ({}, "[runtime]\nprefetch_depth = '4'", r"prefetch_depth: should be a valid integer \(from aollm\.toml: /"),
         ({}, "[runtime]\nmultimodal = 1", r"multimodal: should be a valid boolean \(from aollm\.toml: /"),
         ({}, "[runtime]\nmodels_dir = 1999-12-31", "models_dir: the path of a folder"),
@@ -261,8 +266,12 @@ def test_a_wrong_argument_is_an_error_of_the_request(monkeypatch: pytest.MonkeyP
     say(monkeypatch, {"AOLLM_GENERATION__TEMPERATURE": "0.5"})
     with pytest.raises(RequestError, match=r"^max_new_tokens: should be greater than or equal to 1$"):
         GenerationConfig.of(None, {"max_new_tokens": 0})
+    with pytest.raises(RequestError, match=r"^stop: a text or a list of texts, not 5$"):
+        GenerationConfig.of(None, {"stop": 5})
     with pytest.raises(ConfigError, match=r"^prefetch_depth: should be greater than or equal to 1$"):
         RuntimeConfig.of("demo", {"prefetch_depth": 0})
+    with pytest.raises(ConfigError, match=r"^prompt_scale_tokens: a list of whole numbers, or a text such as 32,128,512, not 5$"):
+        BenchmarkConfig.of({"prompt_scale_tokens": 5})
 
 
 WINDOW = {"kv_cache_strategy": "sliding-window-ring-buffer", "kv_cache_window_tokens": 64}
@@ -282,6 +291,8 @@ KEPT = {"kv_cache_strategy": "paged", "kv_cache_lifecycle": "persistent"}
         ({"kv_cache_max_age_s": 60.0}, "kv_cache_max_age_s", "kv_cache_max_age_s"),
         ({"device": "cpu", "device_memory": "1GiB"}, "device_memory", "device"),
         ({"device": "cpu", "offload_gpu_layers": 3}, "offload_gpu_layers", "device"),
+        ({"offload_cpu_policy": "suffix"}, "offload_cpu_policy", "offload_cpu_policy"),
+        ({"offload_cpu_policy": "middle-band", "offload_gpu_layers": 1}, "offload_cpu_policy", "offload_cpu_policy"),
         ({"verbose": True, "quiet": True}, "verbose", "quiet"),
     ],
 )

@@ -355,7 +355,9 @@ async def test_t5_says_what_transformers_says_of_ids_and_of_text(folders: dict[s
     assert ids[-1] == END and answer.usage.prompt_tokens == len(ids)
     assert list(answer.token_ids) == t5_ids(folders, ids)
     assert answer.text == t5s.text.decode(answer.token_ids)
-    assert answer.profile is None and answer.cache_state == {"cache_mode": "transformers-dynamic"}
+    assert answer.profile is None and answer.cache_state == {
+        "kv_cache_strategy": "resident", "cache_mode": "transformers-dynamic", "prefix_hit_tokens": 0, "prefix_miss_reason": None,
+    }  # fmt: skip
     assert t5s.profile(0.0) is None and t5s.cache is None and t5s.drive_bytes_per_second is None
 
 
@@ -778,13 +780,16 @@ def test_plan_and_run_of_a_model_without_a_match(folders: dict[str, Path], capsy
     assert main(["plan", t5, *limit]) == 0
     told = capsys.readouterr().out
     assert re.search(rf"\n  tier +{GENERIC}\n +not-planned: config.json: model_type 't5' is not known", told)
-    assert re.search(r"\n  context +64 tokens a request\n  kv cache +transformers, runtime-scoped: ", told) and "passes" not in told
+    assert re.search(r"\n  context +64 tokens a request, [\d.]+ kB of keys and values\n  kv cache +transformers, runtime-scoped: ", told)
+    assert "passes" not in told
     assert "nothing: transformers' modules compute" in told
     assert main(["run", t5, "hello", "--max-new-tokens", "4", *limit, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["token_ids"] == t5_ids(folders, tokenizer().encode("hello").ids, 4)
     assert answer["plan"]["backend"] == GENERIC and answer["profile"] is None
-    assert answer["cache_state"] == {"cache_mode": "transformers-dynamic", "prefix_hit_tokens": 0, "prefix_miss_reason": None}
+    assert answer["cache_state"] == {
+        "kv_cache_strategy": "resident", "cache_mode": "transformers-dynamic", "prefix_hit_tokens": 0, "prefix_miss_reason": None,
+    }  # fmt: skip
     assert main(["run", t5, "hello", "--max-new-tokens", "4", *limit]) == 0
     shown = capsys.readouterr()
     assert shown.out.rstrip("\n") == answer["text"].rstrip("\n")

@@ -7,33 +7,33 @@ failed, 3 a regression under `--fail-on-regression`, 130 an interruption.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..errors import AollmError, ConfigError
 from .arguments import parser
+from .signals import INTERRUPTED, abrupt, heard, held
 
-INTERRUPTED, BROKEN_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
+BROKEN_PIPE = 128 + signal.SIGPIPE
 PROBED = "probe_"
-WORK = ("prompt", "max_new_tokens", "iterations", "seconds")
+REQUESTED = ("prompt", "max_new_tokens", "iterations", "seconds")
 
 
-def main(arguments: Sequence[str] | None = None, program: Sequence[str] | None = None) -> int:
-    """Run the measurement that `arguments` name; its exit code. `program` runs the lanes in place of this one."""
+def main(arguments: Sequence[str] | None = None, program: Sequence[str] | None = None, skip: Collection[str] = ()) -> int:
+    """Run the measurement that `arguments` name; its exit code. `program` runs the lanes in place of this one, but those in `skip`."""
     given = parser().parse_args(arguments)
     try:
         if given.command == "plot":
             return _plot(given)
         if given.command == "overlap":
-            return _overlap(given)
+            return _overlap(vars(given))
         options = {name: value for name, value in vars(given).items() if name not in ("command", "probe_runtime")}
-        return _probe(options) if given.probe_runtime else _campaign(options, program)
+        return _probe(options) if given.probe_runtime else _campaign(options, program, skip)
     except AollmError as error:
         print(f"aollm.bench: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None, program: Sequence[str] | None =
         return BROKEN_PIPE
 
 
-def _campaign(options: dict[str, Any], program: Sequence[str] | None) -> int:
+def _campaign(options: dict[str, Any], program: Sequence[str] | None, skip: Collection[str]) -> int:
     if stray := [name for name in options if name.startswith(PROBED)]:
         raise ConfigError(f"--{stray[0].replace('_', '-')} is for one lane alone: give --probe-runtime too")
     import anyio
@@ -54,7 +54,6 @@ def _campaign(options: dict[str, Any], program: Sequence[str] | None) -> int:
     from ..terminal import Terminal
     from .campaign import Campaign, Target
     from .lane import PROGRAM
-    from .signals import heard
 
     benchmark = BenchmarkConfig.of({name: value for name, value in options.items() if name in BenchmarkConfig.model_fields})
     runtime = {name: value for name, value in options.items() if name in RuntimeConfig.model_fields and name != "quiet"}
@@ -63,69 +62,83 @@ def _campaign(options: dict[str, Any], program: Sequence[str] | None) -> int:
     config = RuntimeConfig.of(None, runtime)
     folder = anyio.run(find, config.model_reference, config.models_dir)
     with heard(), Terminal(options.get("quiet", False)) as terminal:
-        return Campaign(benchmark, Target(folder, config, runtime), terminal, program or PROGRAM).run()
+        return Campaign(benchmark, Target(folder, config, runtime), terminal, program or PROGRAM, skip).run()
 
 
 def _probe(options: dict[str, Any]) -> int:
     """One lane; interrupted, it prints what it has, so that nothing measured is lost."""
-    before = signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))  # libraries swallow it while they are imported
-    import anyio
+    with abrupt():
+        import anyio
 
-    from ..settings import BenchmarkConfig, RuntimeConfig
-    from .probe import Probe, Work
-    from .report import card
-    from .tinies import make
+        from ..settings import BenchmarkConfig, RuntimeConfig
+        from .output import tell, writable
+        from .probe import Probe, Work
+        from .report import card
+        from .tinies import make
 
-    signal.signal(signal.SIGINT, before if callable(before) else signal.default_int_handler)  # a background job would ignore it
     probed = {name.removeprefix(PROBED): value for name, value in options.items() if name.startswith(PROBED)}
     mode, tiny = probed.pop("mode", "warm"), probed.pop("tiny", None)
     merged = {**options, **probed}
     merged.setdefault("model_reference", "demo")
     benchmark = BenchmarkConfig.of({name: value for name, value in merged.items() if name in BenchmarkConfig.model_fields})
-    with TemporaryDirectory(prefix="aollm-") as folder:
+    if benchmark.output is not None:
+        writable(benchmark.output)
+    with heard(), TemporaryDirectory(prefix="aollm-") as folder:
         if tiny is not None:
             merged["model_reference"] = str(make(tiny, Path(folder, f"tiny-{tiny}")))
         runtime = {name: value for name, value in merged.items() if name in RuntimeConfig.model_fields and name != "quiet"}
         scales = {name: getattr(benchmark, name) for name in Work.__dataclass_fields__ if name in BenchmarkConfig.model_fields}
-        own = {name: merged[name] for name in WORK if name in merged and name not in scales}
+        own = {name: merged[name] for name in REQUESTED if name in merged and name not in scales}
         probe = Probe(Work(mode, RuntimeConfig.of(None, runtime), **{**scales, **own}))
         code = 0
         try:
             anyio.run(probe.run)
         except KeyboardInterrupt:
             code = INTERRUPTED
-    result = probe.result()
-    print(card(mode, result), file=sys.stderr)
-    line = json.dumps(result)
-    if benchmark.output is not None:
-        benchmark.output.write_text(line + "\n")
-    print(line, flush=True)
+    with held():
+        result = probe.result()
+        print(card(mode, result), file=sys.stderr)
+        tell(result, benchmark.output)
     return code
 
 
-def _overlap(given: argparse.Namespace) -> int:
-    for path in filter(None, (given.output, given.lanes)):
-        if not path.parent.is_dir():
-            raise ConfigError(f"{path.parent} is not a folder, so {path.name} cannot be written there")
-    from .plot import draw, require_matplotlib
+def _overlap(options: dict[str, Any]) -> int:
+    """How reading overlaps computing; interrupted, it prints the rounds that it has."""
+    from .output import tell, writable
 
-    if given.lanes is not None:
-        require_matplotlib()
-    import anyio
+    output, lanes = options["output"], options["lanes"]
+    for option, path in (("output", output), ("lanes", lanes)):
+        if path is not None:
+            writable(path, option)
+    with abrupt():
+        from .plot import draw, require_matplotlib
 
-    from .card import card
-    from .overlap import Work, overlap
+        if lanes is not None:
+            require_matplotlib()
+        import anyio
 
-    fields = {name: getattr(given, name) for name in Work.__dataclass_fields__}
-    result, interval = anyio.run(overlap, Work(**fields), lambda text: print(text, file=sys.stderr, flush=True))
-    print(card(result), file=sys.stderr)
-    if given.lanes is not None:
-        draw(interval, given.lanes)
-    line = json.dumps(result)
-    if given.output is not None:
-        given.output.write_text(line + "\n")
-    print(line)
-    return 0
+        from ..settings import RuntimeConfig
+        from .card import card
+        from .overlap import WORK, Overlap, Work
+
+    settings = {name: value for name, value in options.items() if name in RuntimeConfig.model_fields and name != "quiet"}
+    work = Work(options["model"], settings=settings, **{name: options[name] for name in WORK})
+    measurement = Overlap(work, lambda text: print(text, file=sys.stderr, flush=True))
+    code = 0
+    with heard():
+        try:
+            anyio.run(measurement.run)
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+    if not measurement.rounds:
+        return code
+    with held():
+        result, interval = measurement.result()
+        print(card(result), file=sys.stderr)
+        tell(result, output)
+    if lanes is not None:
+        draw(interval, lanes)
+    return code
 
 
 def _plot(given: argparse.Namespace) -> int:

@@ -92,20 +92,21 @@ def _probe(made: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 
 def _overlap(commands: Any) -> None:
-    overlap = commands.add_parser("overlap", help="how much of the drive's speed a run reaches, and how long it stalls")
+    told = "how much of the drive's speed a run reaches, and how long it stalls"
+    overlap = commands.add_parser("overlap", help=told, argument_default=argparse.SUPPRESS)
     overlap.add_argument("model", metavar="MODEL", help="folder of a model, or an alias such as demo")
-    overlap.add_argument("--memory", help="limit on the whole process, such as 3GiB (default: what is free)")
     overlap.add_argument("--requests", type=count, default=1, metavar="N", help="requests at once (default: 1)")
     overlap.add_argument("--tokens", type=_several, default=8, metavar="T", help="new tokens of each, at least 2 (default: 8)")
     overlap.add_argument("--rounds", type=count, default=3, metavar="R", help="runs, each between two probes of the drive (default: 3)")
     overlap.add_argument("--prompt-tokens", type=count, default=32, metavar="P", help="random tokens of each prompt (default: 32)")
-    overlap.add_argument("--disk-backend", choices=("auto", "threads", "uring", "portable"), default="auto")
-    overlap.add_argument("--prefetch-depth", type=count, default=2, help="pieces read ahead (default: 2)")
-    overlap.add_argument("--offload-cpu-layers", type=int, metavar="K", help="keep just K layers in memory (default: as many as fit)")
     overlap.add_argument("--seed", type=int, default=0, help="of the prompts (default: 0)")
-    overlap.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON object here")
-    overlap.add_argument("--lanes", type=Path, metavar="FILE.png", help="draw the last pass")
-    overlap.set_defaults(memory=None, offload_cpu_layers=None, output=None)
+    overlap.add_argument("--output", type=Path, default=None, metavar="FILE", help="also write the JSON object here")
+    overlap.add_argument("--lanes", type=Path, default=None, metavar="FILE.png", help="draw the last pass")
+    group = _runtime(overlap)
+    group.add_argument("--backend", metavar="NAME", help="auto or optimized-native, whose passes alone can be told")
+    group.add_argument("--offload-gpu-layers", type=int, metavar="N", help="keep just N layers on the device (default: all that fit)")
+    group.add_argument("--disk-backend", metavar="NAME", help="auto (default), threads, uring, gds or portable")
+    group.add_argument("--prefetch-depth", type=int, metavar="N", help="pieces read ahead (default: 2)")
 
 
 def count(text: str, least: int = 1) -> int:

@@ -6,7 +6,7 @@ Nothing that was measured is lost: a lane that fails leaves the others, and so d
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import reduce
@@ -14,23 +14,28 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from ..errors import ConfigError, StoreError
+from ..device import choose_device
+from ..errors import StoreError
 from ..settings import BenchmarkConfig, RuntimeConfig
 from ..terminal import Terminal, spinner
 from .codebase import origin
 from .comparison import SUBJECTS, Judgement, Subject, judge, together, values_of
-from .history import SCHEMA, Entry, digest, load, record
+from .history import SCHEMA, Entry, digest, load, record, usable
 from .lane import PROGRAM, Lane, Outcome, run
 from .machine import host_digest, machine_card
+from .output import writable, write
 from .profiles import lanes_of, scaled
 from .report import compared, summary, told
 from .signals import held
 
 FAILURE, REGRESSION, INTERRUPTED = 1, 3, 130
-OTHERS = ("plan-unspecialized", "family-", "model-")
-"""How lanes begin that are not about the target."""
+OTHERS = ("plan-unspecialized", "family-", "model-", "overlap")
+"""How lanes begin that do not make a run: they are not about the target, or nothing of them is compared."""
 CONTROLS = ("prompt_scale_tokens", "output_scale_tokens", "session_turns", "session_max_new_tokens")
-PLACED = ("memory", "kv_cache_window_tokens", "kv_cache_lifecycle", "offload_cpu_layers", "offload_cpu_policy", "offload_gpu_layers")
+APART = {"model_reference", "models_dir", "cache_dir", "force_download", "verbose", "quiet"}
+"""The runtime's settings that do not set runs apart, since they change nothing that is measured."""
+KEYED = {"device", "backend", "kv_cache_strategy"}
+"""Those whose outcome is in the key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +50,24 @@ class Target:
 class Campaign:
     """Call `run`; `result` holds what is measured so far."""
 
-    def __init__(self, benchmark: BenchmarkConfig, target: Target, terminal: Terminal, program: Sequence[str] = PROGRAM) -> None:
-        """`program` runs a lane's arguments. Raises `ConfigError` when the output cannot be written."""
+    def __init__(
+        self, benchmark: BenchmarkConfig, target: Target, terminal: Terminal, program: Sequence[str] = PROGRAM, skip: Collection[str] = ()
+    ) -> None:
+        """`program` runs a lane's arguments; lanes whose names are in `skip` are left out. Raises `ConfigError` when there is no such
+        device, and when the output or the history cannot be written."""
         self._benchmark, self._target, self._terminal, self._program = scaled(benchmark), target, terminal, program
-        self.lanes = lanes_of(self._benchmark, target.config, target.given)
+        self.lanes = [lane for lane in lanes_of(self._benchmark, target.config, target.given) if lane.name not in skip]
         self.outcomes: dict[str, Outcome] = {}
         self._again: list[dict[str, Outcome]] = []
         self._codebase, self._host = benchmark.history_codebase_label or origin(Path.cwd()), host_digest()
         self._comparison: dict[str, Any] = _nothing("the run was not finished")
         self._recorded: str | None = None
-        self._interrupted = False
+        self._interrupted = self._forgetful = False
         self._start, self._began = perf_counter(), datetime.now(UTC)
         if benchmark.output is not None:
             writable(benchmark.output)
+        usable(benchmark.history_dir, benchmark.record_history)
+        choose_device(target.config.device)
 
     def run(self) -> int:
         """Measure, compare, keep and print; the exit code."""
@@ -90,12 +100,11 @@ class Campaign:
         config, benchmark = self._target.config, self._benchmark
         plans = [result["plan"] for result in self._measured.values() if "backend" in result.get("plan", {})]
         plan = plans[0] if plans else config.model_dump()
-        set_otherwise = {name for name in PLACED if getattr(config, name) != RuntimeConfig.model_fields[name].default}
         return {
             "model": Path(config.model_reference).name, "model_digest": _model_digest(self._target.folder), "device": plan["device"],
             "backend": plan["backend"], "host": self._host, "strategy": plan["kv_cache_strategy"], "profile": benchmark.profile,
             "controls": benchmark.model_dump(mode="json", include=set(CONTROLS)),
-            "placement": config.model_dump(mode="json", include=set_otherwise), "codebase": self._codebase,
+            "placement": _placement(config), "codebase": self._codebase,
         }  # fmt: skip
 
     @property
@@ -127,7 +136,7 @@ class Campaign:
             earlier = [entry for entry in load(self._benchmark.history_dir, self._warn) if entry.digest == digest(self.key)]
         except StoreError as error:
             self._warn(str(error))
-            self._comparison = _nothing(str(error))
+            self._comparison, self._forgetful = _nothing(str(error)), True
             return
         if not earlier:
             if self._benchmark.record_history:
@@ -169,11 +178,12 @@ class Campaign:
     def _finish(self) -> int:
         """Keep the run, print it, and say what it comes to."""
         benchmark = self._benchmark
-        if benchmark.record_history and not self._interrupted and self._values:
+        if benchmark.record_history and not self._interrupted and self._measured and self._values:
             try:
                 self._recorded = record(benchmark.history_dir, self.key, self._values, self.result).id
             except StoreError as error:
                 self._terminal.error(f"the run is not kept: {error}")
+                self._forgetful = True
         result = self.result
         for row in (*summary(result), *compared(self._comparison)):
             self._terminal.say(row)
@@ -184,15 +194,17 @@ class Campaign:
             return INTERRUPTED
         if code or not self._measured:
             return FAILURE
-        return REGRESSION if benchmark.fail_on_regression and self._comparison["verdict"] == "regression" else 0
+        if not benchmark.fail_on_regression:
+            return 0
+        return REGRESSION if self._comparison["verdict"] == "regression" else FAILURE if self._forgetful else 0
 
     def _written(self, line: str) -> int:
         if (output := self._benchmark.output) is None:
             return 0
         try:
-            output.write_text(line)
-        except OSError as error:
-            self._terminal.error(f"{output} cannot be written: {error.strerror}; the result is on stdout")
+            write(output, line)
+        except StoreError as error:
+            self._terminal.error(str(error))
             return FAILURE
         return 0
 
@@ -207,18 +219,6 @@ def _values_of(outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, Any]]:
 def _nothing(reason: str) -> dict[str, Any]:
     """A comparison that there is not."""
     return {"verdict": "not compared", "reason": reason, "earlier_runs": 0, "newest": None, "subjects": []}
-
-
-def writable(path: Path) -> None:
-    """Raise `ConfigError` unless a file can be written at `path`: better now than after the run. Leaves nothing behind."""
-    existed = path.exists()
-    try:
-        with open(path, "a"):
-            pass
-        if not existed:
-            path.unlink()
-    except OSError as error:
-        raise ConfigError(f"output: {path} cannot be written: {error.strerror}") from None
 
 
 def _judged(first: Judgement, second: Judgement | None, both: Judgement) -> dict[str, Any]:
@@ -237,6 +237,14 @@ def _both(subject: Subject, values: Mapping[str, Mapping[str, Any]], earlier: Se
     found = judge(subject, values, earlier)
     assert found is not None  # it has more values than before
     return found
+
+
+def _placement(config: RuntimeConfig) -> dict[str, Any]:
+    """The other settings that are not as they are by default, as JSON has them, and folders by their names alone."""
+    names = RuntimeConfig.model_fields.keys() - APART - KEYED
+    changed = {name: value for name in names if (value := getattr(config, name)) != RuntimeConfig.model_fields[name].default}
+    told: dict[str, Any] = json.loads(json.dumps(changed, default=lambda folder: folder.name, sort_keys=True))
+    return told
 
 
 def _model_digest(folder: Path) -> str:

@@ -63,10 +63,12 @@ class Judgement:
 
     @property
     def slower(self) -> bool:
+        """Whether it takes longer by more than the threshold."""
         return self.change > self.threshold
 
     @property
     def faster(self) -> bool:
+        """Whether the earlier runs took longer than it by more than the threshold."""
         return self.change < 1 / (1 + self.threshold) - 1
 
 

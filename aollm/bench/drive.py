@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections import deque
 from pathlib import Path
 
+import anyio
+
 from ..buffers import PAGE, Ring
 from ..disk.auto import open_disk
 from ..disk.base import Extent, down
@@ -24,7 +26,7 @@ class Drive:
         self._folder, self._backend = folder, backend
         self._ring = Ring(2 * CHUNK)
         size = CHUNK - PAGE
-        files = [(str(path), down(path.stat().st_size)) for path in sorted(folder.glob("*.safetensors"))]
+        files = [(str(path), down(path.stat().st_size)) for path in sorted(folder.glob("*.safetensors")) if path.is_file()]
         self._extents = deque(Extent(file, at, min(size, end - at)) for file, end in files for at in range(0, end, size))
 
     async def probe(self, nbytes: int = PROBE_NBYTES) -> float:
@@ -37,7 +39,8 @@ class Drive:
             try:
                 speed = await drive_speed(disk, list(self._extents), self._ring, nbytes)
             finally:
-                await disk.aclose()
+                with anyio.CancelScope(shield=True):
+                    await disk.aclose()
         self._extents.rotate(-(nbytes // CHUNK))
         return speed
 

@@ -68,7 +68,7 @@ async def measured(runtime: Runtime, stream: TokenStream) -> Measured:
     decode_s = [_parts(each, plan) for each in found if each.rows == 1] if found else [[gap] for gap in gaps]
     prefill = [part for each in found if each.rows > 1 for part in _parts(each, plan)]
     until_first = [[found[0].start - start, *prefill]] if prefill else [] if first_s is None else [[first_s]]
-    cache = runtime.cache_state()
+    cache = runtime.cache_state_of(request)
     figures = {
         "prompt_tokens": len(request.prompt), "output_tokens": len(tokens), "finish_reason": tokens[-1].finish_reason if tokens else None,
         "seconds": end - start, "ttft_seconds": first_s, "inter_token_seconds": _gaps(gaps),
@@ -78,11 +78,11 @@ async def measured(runtime: Runtime, stream: TokenStream) -> Measured:
         "prefix_hit_tokens": request.prefix_hit_tokens, "prefix_miss_reason": request.prefix_miss_reason,
         **memory(), **_accelerator(), "cpu_seconds": cpu_s, "first_cpu_seconds": first_cpu_s,
         "cpu_share": cpu_s / (end - start) / (os.cpu_count() or 1),
-        "cache_dir_size_mb": cache["persisted_bytes"] / 1e6 if plan.cache_mode == "disk-kv" else None,
+        "cache_dir_size_mb": cache["persisted_bytes"] / 1e6 if cache["cache_mode"] == "disk-kv" else None,
         "loop_lateness_ms": lateness_ms(lateness_s),
     }  # fmt: skip
     state = {
-        "kv_cache_strategy": plan.kv_cache_strategy if cache.get("strategy_id") is None else cache["strategy_id"], "cache_state": cache,
+        "kv_cache_strategy": cache["kv_cache_strategy"], "cache_state": cache,
         "chunked_prefill": chunked_prefill(plan, len(request.prompt) - request.prefix_hit_tokens), "native_runtime_profile": profile,
     }  # fmt: skip
     return Measured(figures, state, until_first, decode_s)

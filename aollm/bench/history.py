@@ -14,10 +14,12 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import inf
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..errors import StoreError
+from ..errors import ConfigError, StoreError
 
 SCHEMA = 1
 LOG = "summary.jsonl"
@@ -44,6 +46,21 @@ class Entry:
 def digest(key: Mapping[str, Any]) -> str:
     """Sixteen hexadecimal digits of everything in `key`."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def usable(folder: Path, records: bool) -> None:
+    """Raise `ConfigError` unless `folder`, or what it will be made in, is a folder and, if the run `records`, can be written.
+    Leaves nothing behind."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    try:
+        if not there.is_dir():
+            raise NotADirectoryError(0, "it is not a folder")
+        if records:
+            with TemporaryDirectory(prefix=".", dir=there):
+                pass
+    except OSError as error:
+        told = "name another one by --history-dir, or give --no-record-history" if there.is_dir() else "name a folder by --history-dir"
+        raise ConfigError(f"history_dir: {there} cannot be used: {error.strerror}; {told}") from None
 
 
 def load(folder: Path, say: Say) -> list[Entry]:
@@ -96,9 +113,16 @@ def record(folder: Path, key: dict[str, Any], values: dict[str, dict[str, Any]],
 
 def _entry(found: dict[str, Any]) -> Entry:
     key, values = found["key"], found["values"]
-    if not isinstance(key, dict) or not all(float(value["seconds"]) > 0 for value in values.values()):
+    if not isinstance(key, dict) or not all(map(_comparable, values.values())):
         raise ValueError("no run")
     return Entry(str(found["id"]), str(found["time"]), key, values)
+
+
+def _comparable(value: dict[str, Any]) -> bool:
+    """Whether a value can be held against another one; `KeyError` where something is missing."""
+    speed = value["drive_bytes_per_second"]
+    numbers = (value["seconds"], value["yardstick_seconds"], *([] if speed is None else [speed]))
+    return isinstance(value["yardstick"], str) and all(type(number) in (int, float) and 0 < number < inf for number in numbers)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -62,7 +62,7 @@ def run(lane: Lane, program: Sequence[str] = PROGRAM) -> Outcome:
         output, errors = _end(process)
     result, seconds = _last_object(output), perf_counter() - start
     if cut is not None:
-        measured = result is not None and bool(result.get("values") or result.get("points"))
+        measured = result is not None and any(result.get(name) for name in ("values", "points", "by_round"))
         return Outcome("partial" if measured else "unavailable", cut, seconds, result if measured else None, cut == "interrupted")
     if process.returncode == 0 and result is not None:
         return Outcome("measured", None, seconds, result)

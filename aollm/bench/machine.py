@@ -11,12 +11,14 @@ from typing import Any
 
 import psutil
 
+from ..compute import processors
+
 
 def machine_card() -> dict[str, Any]:
     """Processor, memory and versions of what the figures depend on; `load_average` of the last minute, other processes included."""
     return {
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if "sched_getaffinity" in dir(os) else os.cpu_count(),
+        "cores": processors(),
         "memory_nbytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),

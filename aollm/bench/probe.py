@@ -6,33 +6,33 @@ what its figures are compared with.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from time import perf_counter, process_time
 from typing import Any
 
+import anyio
 import anyio.to_thread
 
-from ..compute import Compute
+from ..compute import Compute, processors
 from ..disk.auto import open_disk
-from ..errors import StoreError
 from ..outlook import choose
 from ..port import Port
 from ..reference import find
 from ..runtime import Runtime
 from ..session import Session
 from ..settings import RuntimeConfig
+from ..stores.presets import PRESETS
+from ..survey import AUTO
 from . import pagecache
 from .figures import Measured, measured
 from .measure import random_prompts
 from .process import started_s
+from .scratch import Scratch
 from .spread import Parts, spread, steady
 from .yardstick import Yardstick
 
@@ -96,15 +96,17 @@ class Probe:
         self._facts["startup_seconds"] = started_s()
         config = self._work.config
         folder = await find(config.model_reference, config.models_dir)
-        with await anyio.to_thread.run_sync(_scratch, config.cache_dir) as scratch:
+        with await anyio.to_thread.run_sync(Scratch, config.cache_dir) as scratch:
             async with Port() as port:
-                compute = Compute(port, _threads())
+                compute = Compute(port, processors())
                 try:
                     self._yardstick = Yardstick.of(compute, folder, config.offload_cpu_layers is not None)
-                    await self._yardstick.take()
-                    await MODES[self._work.mode](self, config.model_copy(update={"cache_dir": Path(scratch)}), folder)
+                    try:
+                        await self._yardstick.take()
+                        await MODES[self._work.mode](self, config.model_copy(update={"cache_dir": scratch}), folder)
+                    finally:
+                        self._facts["yardstick"] = self._yardstick.summary()
                 finally:
-                    self._facts["yardstick"] = self._yardstick.summary()
                     compute.close()
 
     def result(self) -> dict[str, Any]:
@@ -162,8 +164,8 @@ class Probe:
     async def reopen_session_growth(self, config: RuntimeConfig, folder: Path) -> None:
         """Conversations whose runtime is closed after each turn; the next one finds keys and values on disk."""
         changed: dict[str, Any] = {"kv_cache_lifecycle": "persistent"}
-        if config.kv_cache_strategy in ("resident", "auto"):
-            changed["kv_cache_strategy"] = "paged"  # resident keeps nothing between runtimes
+        if config.kv_cache_strategy == AUTO or PRESETS[config.kv_cache_strategy].layout is None:
+            changed["kv_cache_strategy"] = "paged"  # what has no layout keeps nothing between runtimes
         for number in self._rounds():
             said: Sequence[Any] = ()
             scratch = config.cache_dir / f"{number}"
@@ -194,7 +196,8 @@ class Probe:
                     if self._enough(number):
                         break
             finally:
-                await disk.aclose()
+                with anyio.CancelScope(shield=True):
+                    await disk.aclose()
         self._facts["plan"] = {name: getattr(outlook.plan, name) for name in PLANNED}
 
     async def _turn(self, runtime: Runtime, session: Session, turn: int) -> Measured:
@@ -270,19 +273,5 @@ MODES: dict[str, Callable[[Probe, RuntimeConfig, Path], Awaitable[None]]] = {
 }
 
 
-def _scratch(root: Path) -> TemporaryDirectory[str]:
-    """A folder beside the caches, on the drive that they are on. Raises `StoreError`."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        return TemporaryDirectory(prefix="bench-", dir=root)
-    except OSError as error:
-        raise StoreError(f"{root}: no folder for caches can be made there ({error.strerror}); name another cache_dir") from error
-
-
 def _prompt(runtime: Runtime, tokens: int, number: int) -> list[int]:
     return random_prompts(runtime, runtime.plan.vocabulary, 1, tokens, f"{tokens}-{number}")[0]
-
-
-def _threads() -> int:
-    """As many as the runtime computes with."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

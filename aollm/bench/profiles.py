@@ -27,7 +27,8 @@ SHARED = {
     "offload_gpu_layers": "--probe-offload-gpu-layers",
 }  # fmt: skip
 """The runtime's settings that are handed on to a lane, and how."""
-OVERLAP = {"memory": "--memory", "offload_cpu_layers": "--offload-cpu-layers"}
+OVERLAP = {name: f"--{name.replace('_', '-')}" for name in SHARED}
+"""The same ones, as `overlap` has them."""
 
 
 def lanes_of(benchmark: BenchmarkConfig, config: RuntimeConfig, given: Mapping[str, Any]) -> list[Lane]:
@@ -39,18 +40,19 @@ def lanes_of(benchmark: BenchmarkConfig, config: RuntimeConfig, given: Mapping[s
     def probe(name: str, mode: str, *more: str) -> Lane:
         return Lane(name, ("--probe-runtime", "--probe-mode", mode, "--model", model, *common, *more), limit_s)
 
-    overlapped = {"offload_cpu_layers": 0, **given}  # weights that stay in memory have nothing to overlap
+    streamed = {} if config.offload_cpu_layers is not None else {"offload_cpu_layers": 0}  # what stays in memory overlaps nothing
+    overlapped = _flags(OVERLAP, {**streamed, **given})
     rounds = ("--rounds", "1" if profile == "quick" else "3", "--tokens", "16")
     plain = ("--probe-runtime", "--probe-mode", "plan", *_work(benchmark), "--probe-seconds", str(SECONDS[profile]))
     lanes = [
         probe("plan", "plan"),
         Lane("plan-unspecialized", (*plain, "--probe-tiny", T5), limit_s),
         *(probe(mode, mode) for mode in PROBED),
-        Lane("overlap", ("overlap", model, *rounds, *_flags(OVERLAP, overlapped)), limit_s),
+        Lane("overlap", ("overlap", model, *rounds, *overlapped), limit_s),
     ]
     if profile == "quick":
         return lanes
-    lanes.append(Lane("overlap-8", ("overlap", model, *rounds, "--requests", "8", *_flags(OVERLAP, overlapped)), limit_s))
+    lanes.append(Lane("overlap-8", ("overlap", model, *rounds, "--requests", "8", *overlapped), limit_s))
     lanes += [probe(f"cold-{number}", "cold") for number in (2, 3)]
     lanes += [
         probe(f"kv-{name}", "output-scaling", "--probe-kv-cache-strategy", name, *_window(name))

@@ -46,7 +46,7 @@ class Yardstick:
     @classmethod
     def of(cls, compute: Compute, folder: Path, streams: bool) -> Yardstick:
         """The one that suits the weights in `folder`; with the drive in it where they are large, or are said to stream."""
-        large = sum(path.stat().st_size for path in folder.glob("*.safetensors")) > LARGE_NBYTES
+        large = sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file()) > LARGE_NBYTES
         return cls(compute, "products" if large else "operations", Drive(folder, "auto") if large or streams else None)
 
     async def take(self, times: int = 4) -> None:

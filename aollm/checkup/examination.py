@@ -10,14 +10,15 @@ import anyio.to_thread
 import psutil
 import torch
 
+from ..compute import processors
 from ..disk.uring import probe
 from ..errors import ConfigError
 from ..inventory import downloads
-from ..probe import free_memory
+from ..probe import existing, free_memory, same_drive
 from ..settings import GenerationConfig, RuntimeConfig
 from .check import Check
-from .processor import check_device, check_gds, check_memory_speed, check_threads, check_torch, processors, quota
-from .storage import Tell, check_cache_root, check_drive, check_free_disk, check_models_folder, check_weights_drive, existing, weights_in
+from .processor import check_device, check_gds, check_memory_speed, check_threads, check_torch, quota
+from .storage import Tell, check_cache_root, check_drive, check_free_disk, check_models_folder, check_weights_drive, weights_in
 from .system import check_files, check_io_uring, check_load, check_locked, check_memory, check_swap
 
 MOUNTS = Path("/proc/self/mountinfo")
@@ -71,4 +72,4 @@ def settled(cache_dir: str | None, models_dir: str | None) -> tuple[Check, Runti
 
 def _apart(cache_dir: Path, models: Path) -> bool:
     """Whether models are on another drive than KV."""
-    return existing(cache_dir).stat().st_dev != existing(models).stat().st_dev
+    return not same_drive(cache_dir, [str(existing(models))])

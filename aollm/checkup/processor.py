@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 import warnings
 from collections.abc import Mapping
 from importlib import import_module
@@ -57,13 +56,8 @@ def check_threads(threads: int, processors: int, quota: float | None) -> Check:
     return Check("threads", "ok", told, None, figures)
 
 
-def processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
 def quota(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Processors that the control groups of this process, and those above them, grant it; None where they do not limit it."""
+    """Processors that the control groups (v2) of this process, and those above them, grant it; None where they do not limit it."""
     try:
         lines = own.read_text().splitlines()
     except OSError:

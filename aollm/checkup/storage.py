@@ -11,11 +11,9 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import IO
 
 import anyio
 import anyio.to_thread
@@ -27,7 +25,7 @@ from ..disk.owner import check_folder
 from ..errors import DiskError, StoreError
 from ..meter import amount, rate
 from ..port import Port
-from ..probe import CHUNK, drive_speed
+from ..probe import CHUNK, drive_speed, existing, nameless, path_of
 from .check import Check
 
 Tell = Callable[[str], object]
@@ -45,13 +43,14 @@ def check_cache_root(folder: Path, mounts: str) -> Check:
     kind = filesystem(there, mounts)
     figures = {"folder": str(folder), "exists": folder == there, "filesystem": kind, "mode": None}
     told = f"{folder} on {kind or 'a filesystem that is not known'}"
-    if not there.is_dir():
+    if not os.path.isdir(there):
         return Check("cache folder", "problem", f"{there} is not a folder", "name another with --cache-dir", figures)
     try:
-        _nameless(there).close()
+        nameless(there).close()
     except OSError as error:
         why = f"{told}: no file can be made in {there} ({error.strerror})"
-        return Check("cache folder", "problem", why, "name another with --cache-dir, or change its mode", figures)
+        mode = ", or change its mode" if error.errno in (errno.EACCES, errno.EPERM) else ""
+        return Check("cache folder", "problem", why, f"name another with --cache-dir{mode}", figures)
     if folder == there:
         status = os.stat(folder)
         figures["mode"] = f"{status.st_mode & 0o7777:04o}"
@@ -81,6 +80,11 @@ def check_cache_root(folder: Path, mounts: str) -> Check:
 def check_models_folder(folder: Path, mounts: str) -> Check:
     """On what models are kept, and how much room is left there."""
     there = existing(folder)
+    needed = os.X_OK | (os.R_OK if folder == there else os.W_OK)
+    if not os.path.isdir(there) or not os.access(there, needed, effective_ids=os.access in os.supports_effective_ids):
+        told = f"{there} is not a folder that this user may {'read' if folder == there else 'make folders in'}"
+        figures = {"folder": str(folder), "exists": folder == there, "filesystem": filesystem(there, mounts), "free": None}
+        return Check("models folder", "problem", told, "name another with --models-dir", figures)
     kind, free = filesystem(there, mounts), shutil.disk_usage(there).free
     figures = {"folder": str(folder), "exists": folder == there, "filesystem": kind, "free": free}
     told = f"{folder} on {kind or 'a filesystem that is not known'}, {amount(free)} free" + (
@@ -112,8 +116,8 @@ async def check_drive(folder: Path, tell: Tell, nbytes: int = DRIVE_NBYTES) -> l
     if (free := shutil.disk_usage(there).free) < 4 * nbytes:
         return [Check("drive", "unknown", f"not measured: {size(free)} are free, and {size(4 * nbytes)} are needed", "make room")]
     try:
-        with await anyio.to_thread.run_sync(_nameless, there) as file:
-            name = f"/proc/self/fd/{file.fileno()}" if sys.platform == "linux" else str(file.name)
+        with await anyio.to_thread.run_sync(nameless, there) as file:
+            name = path_of(file)
             direct = await anyio.to_thread.run_sync(_past_cache, name)
             try:
                 wrote, seconds = await _write(file.fileno(), direct, nbytes, tell)
@@ -144,14 +148,11 @@ async def check_weights_drive(files: Sequence[tuple[str, int]], tell: Tell) -> C
     return Check("weights", "ok", f"read at {told}, of {Path(file).name}", None, {"bytes_per_second": speed})
 
 
-def existing(folder: Path) -> Path:
-    """`folder`, or the nearest above it that is there."""
-    return next(path for path in (folder, *folder.parents) if path.exists())
-
-
 def weights_in(folder: Path) -> list[tuple[str, int]]:
     """Files of weights below where models are kept that are large enough to be measured, with their bytes. Blocking."""
-    found = (path for pattern in ("*/snapshots/*/*.safetensors", "*/*.safetensors") for path in folder.glob(pattern) if path.is_file())
+    found = (
+        path for pattern in ("*/snapshots/*/*.safetensors", "*/*.safetensors") for path in folder.glob(pattern) if os.path.isfile(path)
+    )
     return [(str(path), nbytes) for path in found if (nbytes := path.stat().st_size) >= 2 * CHUNK]
 
 
@@ -191,11 +192,6 @@ def _speed(folder: Path, wrote: int, written: float, read: float | None) -> Chec
             figures,
         )
     return Check("drive", "ok", told, None, figures)
-
-
-def _nameless(folder: Path) -> IO[bytes]:
-    """A file that is gone when it is closed, and on Linux has no name even before."""
-    return tempfile.TemporaryFile(dir=folder) if sys.platform == "linux" else tempfile.NamedTemporaryFile(dir=folder)
 
 
 def _past_cache(name: str) -> int | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import resource
 
 from ..buffers import size
+from ..compute import BUSY
 from ..meter import amount
 from .check import Check
 
@@ -39,7 +39,7 @@ def check_load(load: float, processors: int) -> Check:
     """How busy the machine has been for the last minute."""
     figures = {"load": load, "processors": processors}
     told = f"{load:.2f} for {processors} processors, in the last minute"
-    if load > processors * 0.75:
+    if load > processors * BUSY:
         return Check("load", "warning", told, "other programs compute: figures measured now are noisy and too low", figures)
     return Check("load", "ok", told, None, figures)
 
@@ -73,8 +73,3 @@ def check_locked(limit: int, release: str | None = None) -> Check | None:
         told, advice = f"{amount(limit)} may be locked", "io_uring needs more on this kernel: ulimit -l 8192, or --disk-backend threads"
         return Check("locked memory", "warning", told, advice, figures)
     return Check("locked memory", "ok", "enough may be locked for io_uring", None, figures)
-
-
-def load() -> float:
-    """The load average of the last minute."""
-    return os.getloadavg()[0]

@@ -63,7 +63,11 @@ class Errand(Generic[Part]):
 
     def begin(self) -> None:
         """Have the loop begin with it. Raises `RequestError` when the loop has ended."""
-        self._background.begin(self)
+        try:
+            self._background.begin(self)
+        except RequestError as error:
+            self._parts.put(_Failed(error))  # for whoever else waits
+            raise
 
     def take(self) -> Part | End:
         """The next part, waited for, or `END`; raises what the work raised."""
@@ -211,6 +215,9 @@ class Background:
             errand.refuse()
         else:
             self._errands.start_soon(errand.run, self.runtime)
+
+    def __repr__(self) -> str:
+        return repr(self.runtime) if self._opened.done() and not self._opened.exception() else "not open yet"
 
 
 def check_thread() -> None:

@@ -87,7 +87,7 @@ class RuntimeClient:
         `said` is the next message's text, or messages with role and content from the first to the one to answer. Turns
         of several threads come one after the other. A turn that was interrupted stays, with what had been said.
         """
-        settings = self._settings(generation, fields)
+        settings = self._settings(generation, {"n": 1, **fields} if generation is None else fields)  # a turn has one answer
         if not said or not (isinstance(said, str) or all(isinstance(message, Mapping) for message in said)):
             raise RequestError(f"chat takes a text that is not empty, or a list of messages with role and content, not {said!r:.100}")
         check_thread()
@@ -131,16 +131,16 @@ class RuntimeClient:
             if self._closed:
                 raise RequestError(SHUT)
             if self._background is None:
-                background = Background(self.config, self._disk)
+                self._background = background = Background(self.config, self._disk)  # `close` finds it while it opens
                 try:
                     background.wait()
                     if self._closed:
                         raise RequestError(SHUT)
                     weakref.finalize(self, background.end).atexit = False  # at exit it is waited for, and sees to that itself
                 except BaseException:
+                    self._background = None
                     background.end()
                     raise
-                self._background = background
             return self._background
 
     def _settings(self, generation: GenerationConfig | None, fields: Mapping[str, Any]) -> GenerationConfig:
@@ -161,5 +161,5 @@ class RuntimeClient:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "not open" if self._background is None else repr(self._background.runtime)
+        state = "closed" if self._closed else "not open" if self._background is None else repr(self._background)
         return f"<RuntimeClient {self.config.model_reference}, {state}>"

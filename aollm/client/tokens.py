@@ -69,6 +69,8 @@ class Tokens:
             if self._errand is None:
                 self._errand = Errand(self._open(), _reading(self._prompt, self._settings))
                 self._errand.begin()
+                if self._ended:  # while the model was opened
+                    self._errand.cancel()
                 request = self._errand.take()
                 self.request = request if isinstance(request, Request) else None
             return self._errand

@@ -6,10 +6,12 @@ them: a command that has none is answered at once.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, RequestError
+from ..options import known
 
 if TYPE_CHECKING:
     from ..settings import GenerationConfig, RuntimeConfig
@@ -19,7 +21,10 @@ def runtime_config(options: Mapping[str, Any]) -> RuntimeConfig:
     """The runtime's settings among `options`, and those that are configured. Raises `ConfigError`."""
     from ..settings import RuntimeConfig
 
-    return RuntimeConfig.of(options.get("model"), {name: value for name, value in options.items() if name in RuntimeConfig.model_fields})
+    try:
+        return RuntimeConfig.of(options.get("model"), {name: value for name, value in options.items() if name in RuntimeConfig.model_fields})
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_meant(options, str(error))}") from None
 
 
 def generation_config(options: Mapping[str, Any]) -> GenerationConfig:
@@ -33,5 +38,14 @@ def generation_config(options: Mapping[str, Any]) -> GenerationConfig:
         config = GenerationConfig.of(None, {name: value for name, value in options.items() if name in GenerationConfig.model_fields})
         _ = config.sampling  # has ranges of its own
     except RequestError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(f"{error}{_meant(options, str(error))}") from None
     return config
+
+
+def _meant(options: Mapping[str, Any], problem: str) -> str:
+    """The word that is nearest to the one that `problem` is about."""
+    for name, value in options.items():
+        option = known(name) if f"{name}: should be" in problem else None
+        if option is not None and (near := difflib.get_close_matches(str(value), option.words, 1)):
+            return f"; did you mean {near[0]}?"
+    return ""

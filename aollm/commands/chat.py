@@ -22,6 +22,7 @@ from ..request import Token
 from ..runtime import Runtime
 from ..session import Session
 from ..settings import GenerationConfig, RuntimeConfig
+from ..stores.presets import PRESETS
 from ..stream import TokenStream
 from ..terminal import Row, Terminal
 from . import generation_config, runtime_config
@@ -46,7 +47,10 @@ def main(terminal: Terminal, options: Mapping[str, Any]) -> int:
     resumed = _resumed(options["resume"]) if "resume" in options else None
     if "save" in options:
         _writable(options["save"], options.get("resume"))
-    configured = {name: said.value for name, said in RuntimeConfig.said().items() if name in (*KEPT, "use_cache")}
+    said = RuntimeConfig.said()
+    if resumed is not None and resumed.model is not None and "model" not in options and "model_reference" not in said:
+        options = {**options, "model": resumed.model}
+    configured = {name: one.value for name, one in said.items() if name in (*KEPT, "use_cache")}
     options = {**_defaults({**configured, **options}, resumed), **options}
     generation = generation_config({**options, "n": 1})  # a turn has one answer, whatever is configured
     config = runtime_config(options)
@@ -68,6 +72,10 @@ def main(terminal: Terminal, options: Mapping[str, Any]) -> int:
     return 0
 
 
+NO_ANSWER: Row = [("there has been no answer yet", "")]
+"""The figures of a conversation that has just begun."""
+
+
 class Chat:
     """The conversation, and what the lines do to it."""
 
@@ -83,7 +91,7 @@ class Chat:
         self._session: Session = runtime.session(system)
         self._unanswered = False  # the session's last message is a question that got no word of an answer
         self._loaded = False  # the next answer shows how much of a transcript was in the KV cache
-        self._stats: Row = [("there has been no answer yet", "")]
+        self._stats = NO_ANSWER
         self._commands: dict[str, Callable[[str], object]] = {
             "/save": self._save, "/load": self._load, "/reset": self._reset, "/stats": self._tell_stats, "/help": self._help,
         }  # fmt: skip
@@ -115,6 +123,7 @@ class Chat:
     def go_on(self, found: Transcript, name: str) -> None:
         """Go on with `found`, which was read from the file `name`."""
         self._begin(found.messages)
+        self._stats = NO_ANSWER
         self._loaded = True
         self._terminal.say([(f"going on with {count(len(found.messages), 'message')} of {name}", "dim")])
         for warning in _differences(found, self._runtime.config):
@@ -177,6 +186,7 @@ class Chat:
 
     def _reset(self, _: str) -> None:
         self._begin(self._system)
+        self._stats = NO_ANSWER
         self._terminal.say([("forgotten", "dim")])
 
     def _begin(self, messages: list[Message]) -> None:
@@ -254,7 +264,8 @@ def _defaults(options: Mapping[str, Any], resumed: Transcript | None) -> dict[st
     if options.get("use_cache") is False:
         return {}
     if "kv_cache_strategy" in options:
-        return {"kv_cache_lifecycle": "persistent"} if options["kv_cache_strategy"] != "resident" else {}
+        preset = PRESETS.get(str(options["kv_cache_strategy"]))  # none for auto, which then chooses one that writes
+        return {} if preset is not None and preset.layout is None else {"kv_cache_lifecycle": "persistent"}
     kept = {name: resumed.settings[name] for name in KEPT if name in resumed.settings} if resumed is not None else {}
     return kept if kept.get("kv_cache_lifecycle") == "persistent" else {"kv_cache_strategy": "paged", "kv_cache_lifecycle": "persistent"}
 

@@ -36,7 +36,7 @@ ROOM = 128 << 20
 STEP = 16 << 20
 LIMITS = {"disk": "reading from the drive", "memory": "reading weights from memory", "compute": "computing"}
 NEXT = (
-    ('aollm run demo "One day" --temperature 0.8', "the same model, all in memory"),
+    ('aollm run demo "Once upon a time there was"', "the same model, all in memory"),
     ("aollm chat demo", "talk with it (it is very small)"),
     ("aollm plan MODEL_FOLDER --memory 8GiB", "what a large model of yours would need"),
     ('aollm run MODEL_FOLDER "Dear Sir," --memory 8GiB', "run it, however large it is"),

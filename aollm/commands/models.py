@@ -48,7 +48,8 @@ async def _look(config: RuntimeConfig) -> Anatomy:
         try:
             return await anatomy(folder, disk)
         finally:
-            await disk.aclose()
+            with anyio.CancelScope(shield=True):
+                await disk.aclose()
 
 
 def _list(terminal: Terminal, entries: Sequence[Entry], models_dir: Path | None, as_json: bool) -> int:
@@ -91,7 +92,8 @@ def _print_anatomy(terminal: Terminal, reference: str, found: Anatomy) -> None:
 
 
 def _rows(found: Anatomy) -> Iterator[tuple[str, str]]:
-    yield "architecture", f"{found.architecture or 'not named'}, of type {found.model_type}"
+    kind = f"of type {found.model_type}" if found.model_type is not None else "of a type that config.json does not name"
+    yield "architecture", f"{found.architecture or 'not named'}, {kind}"
     yield "tier", found.tier or "none"
     yield "", found.tier_reason
     for name, number, unit in (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,6 +15,7 @@ from ..errors import ConfigError, RequestError
 from ..media import read_part
 from ..media.sound import RATE_HZ
 from ..meter import Meter, opening, reused
+from ..options import MODELS
 from ..prompt import Prompt
 from ..request import Request, Token
 from ..runtime import Runtime
@@ -26,6 +29,7 @@ from .fetch import fetched
 def main(terminal: Terminal, options: Mapping[str, Any]) -> int:
     """Answer one prompt. Raises `AollmError`, and `KeyboardInterrupt` when what was written until then is there."""
     generation = generation_config(options)
+    prompted(options)
     config = runtime_config(options)
     text = prompt_text(options["prompt"])
     parts = media_parts(options.get("image", ()), options.get("audio", ()))
@@ -46,7 +50,6 @@ class Answer:
         self.terminal, self.as_json, self._streamed = terminal, as_json, generation.stream
         self._logprobs = generation.logprobs > 0
         self.tokens: list[list[Token]] = [[] for _ in range(generation.n)]
-        self.cache: dict[str, Any] = {}
 
     def add(self, token: Token) -> None:
         """One more token."""
@@ -57,8 +60,6 @@ class Answer:
     def end(self, meter: Meter, request: Request | None) -> None:
         """Write what is left to write, and the summary. `request`: None if it did not come to be."""
         self.terminal.status(None)
-        if request is not None:
-            self.cache = {"prefix_hit_tokens": request.prefix_hit_tokens, "prefix_miss_reason": request.prefix_miss_reason}
         if self.as_json:
             self.terminal.text(json.dumps(self._as_dict(meter, request)) + "\n")
             return
@@ -83,7 +84,7 @@ class Answer:
             }
             for tokens in self.tokens
         ]
-        state = {**meter.runtime.cache_state(), **self.cache}
+        state = meter.runtime.cache_state() if request is None else meter.runtime.cache_state_of(request)
         return {**choices[0], "choices": choices, **meter.figures(request), "cache_state": state, "plan": meter.runtime.plan.as_dict()}
 
 
@@ -110,6 +111,15 @@ async def _answer(config: RuntimeConfig, prompt: Prompt, generation: GenerationC
             account.finished()
             if trace:
                 runtime.trace.save(trace)
+
+
+def prompted(options: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` where the one word that was typed is a model, and none is configured that it could be a prompt for."""
+    if "model" in options or "model_reference" in RuntimeConfig.said():
+        return
+    word = options["prompt"]
+    if word in MODELS or os.path.isdir(os.path.expanduser(word)):
+        raise ConfigError(f"PROMPT is missing: aollm run {shlex.quote(word)} PROMPT")
 
 
 def prompt_text(given: str) -> str:

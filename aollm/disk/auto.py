@@ -67,8 +67,7 @@ def _memory(port: Port, folder: Path) -> Choice:
 
 def _gds(port: Port, folder: Path) -> Choice:
     raise ConfigError(
-        "disk_backend='gds' is not in this build yet (the library that it will need comes with: pip install 'aollm[gds]'); "
-        f"use one of: {', '.join(name for name in DISKS if name != 'gds')}"
+        f"disk_backend='gds' is not in this build yet; use one of: {', '.join(name for name in DISKS if name not in ('gds', 'memory'))}"
     )
 
 
@@ -80,7 +79,7 @@ DISKS: dict[str, Callable[[Port, Path], Choice]] = {
     "portable": _portable,
     "memory": _memory,
 }
-"""What `disk_backend` may be."""
+"""What `disk_backend` may be, and `memory`, which no setting has: it is for tests."""
 
 _BUFFERED = "; this filesystem has no direct reads, so pages are dropped after each"
 

@@ -35,8 +35,8 @@ class Folder:
     folder.swap("manifest", b"...")
     """
 
-    def __init__(self, path: Path, fd: int, calls: Calls) -> None:
-        self.path = path
+    def __init__(self, path: Path, fd: int, calls: Calls, setting: str = "") -> None:
+        self.path, self._setting = path, setting
         self._fd, self._calls = fd, calls
         self._durability = Durability(calls)
         self._written: dict[str, int] = {}
@@ -45,19 +45,22 @@ class Folder:
         self._one_at_a_time = threading.Lock()
 
     @classmethod
-    def make(cls, path: str | Path, calls: Calls = SYSTEM) -> Self:
-        """The folder at `path`; it and its parents are made, for this user alone, where they are missing."""
+    def make(cls, path: str | Path, calls: Calls = SYSTEM, setting: str = "") -> Self:
+        """The folder at `path`; it and its parents are made, for this user alone, where they are missing.
+
+        `setting` is what names it, which errors then advise to change.
+        """
         path = Path(os.path.abspath(path))
-        with _in_our_words(str(path)):
+        with _in_our_words(str(path), setting):
             _make(str(path), calls)
-        return cls.open(path, calls)
+        return cls.open(path, calls, setting)
 
     @classmethod
-    def open(cls, path: str | Path, calls: Calls = SYSTEM) -> Self:
+    def open(cls, path: str | Path, calls: Calls = SYSTEM, setting: str = "") -> Self:
         """The folder at `path`, which must be there and be this user's own."""
         path = Path(os.path.abspath(path))
-        with _in_our_words(str(path)):
-            return cls(path, _open_own(str(path), None, str(path), calls), calls)
+        with _in_our_words(str(path), setting):
+            return cls(path, _open_own(str(path), None, str(path), calls), calls, setting)
 
     def child(self, name: str) -> Folder:
         """A folder in this one, made where it is missing."""
@@ -75,7 +78,7 @@ class Folder:
                             self._calls.rmdir(name, self._fd)  # found there later, its name would be taken for durable
                         raise
                 try:
-                    return Folder(Path(path), _open_own(name, self._fd, path, self._calls), self._calls)
+                    return Folder(Path(path), _open_own(name, self._fd, path, self._calls), self._calls, self._setting)
                 except FileNotFoundError:
                     continue  # somebody has removed it meanwhile
 
@@ -199,7 +202,7 @@ class Folder:
         if name is not None and (NAME.fullmatch(name) is None or name in (".", "..")):
             raise StoreError(f"{name!r} cannot be a file in {self.path}; names are 1 to 200 letters, digits, dots, hyphens, underscores")
         path = str(self.path) if name is None else os.path.join(self.path, name)
-        with self._one_at_a_time, _in_our_words(path):
+        with self._one_at_a_time, _in_our_words(path, self._setting):
             if self._fd < 0:
                 raise StoreError(f"{self.path} is closed; open it again")
             yield path
@@ -282,8 +285,8 @@ def _open_own(name: str, folder: int | None, path: str, calls: Calls) -> int:
 
 
 @contextmanager
-def _in_our_words(path: str) -> Iterator[None]:
+def _in_our_words(path: str, setting: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise folder_error(error, path) from error
+        raise folder_error(error, path, setting) from error

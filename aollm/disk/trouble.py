@@ -38,15 +38,19 @@ def nothing_written(path: str, offset: int) -> DiskError:
     return DiskError(f"{path} at byte {offset}: the system wrote nothing; free some space and try again")
 
 
-def folder_error(error: OSError, path: str) -> AollmError:
-    """A foreign error in our own words: `DiskError` where the drive or the system is at its end, else `StoreError`."""
+def folder_error(error: OSError, path: str, setting: str = "") -> AollmError:
+    """A foreign error in our own words: `DiskError` where the drive or the system is at its end, else `StoreError`.
+
+    `setting` is what names the folder, if anything does.
+    """
     if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE):
         return disk_error(error, path)
+    other = f"choose another {setting or 'folder'}"
     hint = {
-        errno.EACCES: "have its folder belong to you (chmod 700), or choose another",
-        errno.EPERM: "have its folder belong to you (chmod 700), or choose another",
-        errno.EROFS: "make the filesystem writable, or choose another folder",
+        errno.EACCES: f"have its folder belong to you (chmod 700), or {other}",
+        errno.EPERM: f"have its folder belong to you (chmod 700), or {other}",
+        errno.EROFS: f"make the filesystem writable, or {other}",
         errno.ELOOP: "it is a symbolic link: remove it",
-        errno.ENOENT: "it is missing: check the path",
-    }.get(error.errno or 0, "remove it, or choose another folder")
+        errno.ENOENT: f"it is missing or cannot be made: {other}" if setting else "it is missing: check the path",
+    }.get(error.errno or 0, f"remove it, or {other}")
     return StoreError(f"{path}: {error.strerror or error}; {hint}")

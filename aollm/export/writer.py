@@ -54,7 +54,7 @@ async def write_export(checkpoint: Checkpoint, target: Path, disk: Disk, progres
         await run_sync(_check_target, target, replace)
         files = lay_out(checkpoint)
         source = await run_sync(fingerprint.weights, checkpoint.files)
-        folder = await run_sync(Folder.make, partial)
+        folder = await run_sync(lambda: Folder.make(partial, setting="--output"))
         lock = None
         try:
             if (lock := await run_sync(folder.lock, LOCK)) is None:

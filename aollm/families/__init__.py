@@ -9,9 +9,10 @@ import torch
 
 from .base import Family, Tower, section
 from .gemma3 import Gemma3
-from .gpt_oss import GptOss
+from .gpt_oss import PACKED, GptOss
 from .llama import VARIANTS, Llama
 from .olmo2 import Olmo2
+from .quantization import quantization
 from .qwen3_next import Qwen3Next
 from .siglip import Siglip
 from .whisper import Whisper
@@ -44,3 +45,11 @@ FAMILIES: dict[str, Callable[[Config, torch.dtype, str], Family]] = {
     "voxtral": voxtral,
 }
 TOWERS: dict[str, Callable[[Config, torch.dtype, Iterable[str], Config, Sequence[int]], Tower | None]] = {"gemma3": eye, "voxtral": ear}
+QUANTIZATIONS = {"gpt_oss": PACKED}
+"""What a family reads as it is published, besides plain weights."""
+
+
+def unread_quantization(config: Config) -> str | None:
+    """How the weights are quantized, where the family that `config.json` names does not read that; None where it does."""
+    method = quantization(config)
+    return None if method == QUANTIZATIONS.get(str(config.get("model_type"))) else method

@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ModelError, SpecializationError
+from ..errors import ModelError
 from ..maths.layers import rms_norm_in_float
 from ..maths.mxfp4 import SCRATCH_NBYTES, compiled, mxfp4_linear
 from ..maths.rope import Rope, rotate
-from .base import Angles, Attend, Experts, KvShape, Mixed, Need, Params, Route, Step, Work, count, head_name, layer_kinds, positive, section
+from .base import Angles, Attend, Experts, KvShape, Mixed, Need, Params, Route, Step, Work, count, head_name, layer_kinds, positive
+from .quantization import quantization
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+PACKED = "mxfp4"
+"""The quantization that is read here."""
 GROUP = 32
 """Numbers that share a scale."""
 
@@ -42,7 +45,7 @@ class GptOss:
             raise ModelError(f"config.json: num_attention_heads ({self.heads}) must be a multiple of num_key_value_heads ({self.kv_heads})")
         self.eps = positive(config, "rms_norm_eps", 1e-5)
         self.limit, self.alpha = positive(config, "swiglu_limit", 7.0), positive(config, "swiglu_alpha", 1.702)
-        self.packed = _is_packed(config)
+        self.packed = quantization(config) == PACKED
         if self.packed and (self.hidden % GROUP or self.intermediate % GROUP):
             raise ModelError(f"config.json: hidden_size and intermediate_size must be multiples of {GROUP} for MXFP4")
         if self.packed:
@@ -155,13 +158,3 @@ class GptOss:
             else:
                 params[name] = Need((ins, outs), (f"{at}.{name}_proj",), row=number)
         return params
-
-
-def _is_packed(config: Mapping[str, Any]) -> bool:
-    """Whether the experts are stored in MXFP4; other quantizations are refused."""
-    if not config.get("quantization_config"):
-        return False
-    method = section(config, "quantization_config").get("quant_method")
-    if method != "mxfp4":
-        raise SpecializationError(f"config.json: quantization {method!r} is not read here; mxfp4 is, and weights that are not quantized")
-    return True

@@ -72,6 +72,14 @@ def kind_of(described: Mapping[str, Any]) -> Kind | None:
     return possible[0] if possible else None
 
 
+def refusal(described: Mapping[str, Any]) -> str:
+    """Why `kind_of` knows no kind for it."""
+    name = described.get("model_type")
+    if name is None:
+        return "config.json names no model_type"
+    return f"transformers has no model of type {name!r} that generates text"
+
+
 def read_config(folder: Path) -> PreTrainedConfig:
     """The configuration as transformers reads it. Blocking; raises `ModelError`."""
     try:

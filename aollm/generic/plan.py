@@ -19,7 +19,7 @@ from ..buffers import Ledger, size
 from ..errors import MemoryBudgetError, ModelError
 from ..placement import Place
 from ..tensors import Checkpoint
-from .kind import CLASSES, FAULTS, Kind, kind_of, read_config, told
+from .kind import CLASSES, FAULTS, Kind, kind_of, read_config, refusal, told
 
 SLACK = 64 << 20
 """For thread stacks and the allocator's leftovers."""
@@ -88,10 +88,7 @@ def make_plan(
     """
     kind = kind_of(described)
     if kind is None:
-        raise ModelError(
-            f"{folder}: transformers has no model of type {described.get('model_type')!r} that generates text; "
-            "take a causal, image-text-to-text or seq2seq model"
-        )
+        raise ModelError(f"{folder}: {refusal(described)}; take a causal, image-text-to-text or seq2seq model")
     config = read_config(folder)
     dtype = dtype or stored_dtype(config, checkpoint)
     model = build(kind, config, dtype)

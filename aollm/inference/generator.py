@@ -115,7 +115,7 @@ class Generator:
             count = said["max_length"] - width if said.get("max_length") else MAX_NEW_TOKENS
             if count < 1:
                 raise RequestError(f"max_length={said['max_length']}: the prompt has {width} tokens; give max_new_tokens instead")
-        found = {"max_new_tokens": count, "repetition_penalty": said.get("repetition_penalty", 1.0), "adapter": self.adapter}
+        found = {"n": 1, "max_new_tokens": count, "repetition_penalty": said.get("repetition_penalty", 1.0), "adapter": self.adapter}
         if said.get("do_sample"):
             found |= {"temperature": said.get("temperature", 1.0), "top_p": said.get("top_p", 1.0), "min_p": said.get("min_p", 0.0)}
             found |= {"top_k": said.get("top_k", TOP_K), "seed": int(torch.randint(2**62, ())) if seed is None else seed + row}

@@ -27,6 +27,10 @@ from ..text import read_json
 from .generator import Generator
 
 ADAPTER = "default"
+PARTS = ("tokenizer", "processor")
+"""What is loaded once, for one model."""
+KEPT = ("offload_gpu_layers", "offload_cpu_layers")
+"""How many layers stay in whose memory."""
 FOREIGN = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError)
 """What transformers raises for a tokenizer or a processor that it cannot load."""
 
@@ -74,6 +78,7 @@ class Inference:
         self._lock = threading.Lock()
         self._client: RuntimeClient | None = None
         self._fields: dict[str, Any] = {}
+        self._kept: dict[str, int | None] = {name: fields.get(name) for name in KEPT}
         self._opened: dict[str, Any] = {}
         self._set(device=str(self.device), multimodal=multimodality, **fields)
 
@@ -117,18 +122,16 @@ class Inference:
 
     def offload_layers_to_cpu(self, layers_num: int = 2, policy: str = "auto") -> None:
         """Keep just so many layers in the host's memory, chosen by `policy` (see `RuntimeConfig`); without it, as many as fit."""
-        self._set(offload_cpu_layers=layers_num, offload_cpu_policy=policy)
+        self._keep(offload_cpu_policy=policy, offload_cpu_layers=layers_num)
 
     def offload_layers_to_gpu(self, layers_num: int = 2) -> None:
-        """Keep just so many layers in the device's memory, which is the host's where the CPU computes."""
-        self.offload_layers_to_gpu_cpu(gpu_layers_num=layers_num)
+        """Keep just so many layers in the device's memory; where the CPU computes, in the host's beside those that are for it."""
+        self._keep(offload_gpu_layers=layers_num)
 
-    def offload_layers_to_gpu_cpu(self, gpu_layers_num: int = 0, cpu_layers_num: int = 0) -> None:
-        """Both at once."""
-        if self.device.type == "cpu":
-            self._set(offload_cpu_layers=gpu_layers_num + cpu_layers_num)
-        else:
-            self._set(offload_gpu_layers=gpu_layers_num, offload_cpu_layers=cpu_layers_num or self._fields.get("offload_cpu_layers"))
+    def offload_layers_to_gpu_cpu(self, gpu_layers_num: int | None = None, cpu_layers_num: int | None = None) -> None:
+        """Both at once; what is not given stays as it was."""
+        given = zip(KEPT, (gpu_layers_num, cpu_layers_num), strict=True)
+        self._keep(**{name: count for name, count in given if count is not None})
 
     def DiskCache(
         self, cache_dir: str | Path = "./kv_cache", cache_strategy: str = "paged", cache_lifecycle: str = "runtime-scoped",
@@ -149,13 +152,13 @@ class Inference:
         """What answers: opened at the first call, and anew when settings have changed, which ends what is under way."""
         if cache is not None and not isinstance(cache, DiskCache):
             raise RequestError(f"past_key_values: give what DiskCache() returns, or None, not a {type(cache).__name__}")
-        fields = {**self._fields, **(cache.fields if cache is not None else {})}
+        fields = {**self._fields, **(cache.fields if cache is not None else {}), "model_reference": str(self.folder)}
         with self._lock:
             if self._client is None or fields != self._opened:
                 if self._client is not None:
                     self._client.close()
                 self._client = None
-                self._client, self._opened = RuntimeClient(self.folder, **fields).open(), fields
+                self._client, self._opened = RuntimeClient(**fields).open(), fields
             return self._client
 
     def close(self) -> None:
@@ -164,6 +167,18 @@ class Inference:
             client, self._client = self._client, None
         if client is not None:
             client.close()
+
+    def _keep(self, **fields: Any) -> None:
+        """Have so many layers in the device's and the host's memory; what is not given stays as it was, None is as many as fit.
+
+        Raises `ConfigError`.
+        """
+        RuntimeConfig.given(ConfigError, {"model_reference": self.model_id, **fields})
+        kept = {name: fields.pop(name, now) for name, now in self._kept.items()}
+        counts = [count for count in kept.values() if count is not None]
+        whole = {"offload_cpu_layers": sum(counts) if counts else None}  # a CPU has one memory for both
+        self._set(**fields, **(whole if self.device.type == "cpu" else kept))
+        self._kept = kept
 
     def _set(self, **fields: Any) -> None:
         """Raises `ConfigError` at once, and then changes nothing."""
@@ -180,7 +195,11 @@ class Inference:
                 print(f"aollm: downloading {reference}: {amount(done)} of {amount(total)}", file=sys.stderr, flush=True)
 
         with anyio.from_thread.start_blocking_portal() as portal:  # a loop of its own: this thread may have one that runs
-            self._folder = portal.call(find, reference, models_dir, force_download, tell)
+            folder = portal.call(find, reference, models_dir, force_download, tell)
+        if folder != self._folder:
+            for part in PARTS:
+                vars(self).pop(part, None)
+        self._folder = folder
 
     def _transformers(self, kind: Any, what: str) -> Any:
         """One of transformers' parts of this model, from its folder alone, running none of its code."""

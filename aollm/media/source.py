@@ -84,4 +84,5 @@ def short(value: object) -> str:
 
 def refuse(what: str, error: BaseException, do: str) -> NoReturn:
     """Raise `RequestError` for a foreign `error`."""
-    raise RequestError(f"{what} ({type(error).__name__}: {str(error)[:200]}); {do}") from error
+    why = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {str(error)[:200]}"
+    raise RequestError(f"{what} ({why}); {do}") from error

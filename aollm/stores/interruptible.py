@@ -18,7 +18,8 @@ class Interruptible:
     async def run(self, work: Callable[[], Awaitable[None]]) -> None:
         """Await `work`, and begin it anew after each pause, until cancelled."""
         while True:
-            await self._resumed.wait()
+            while not self._resumed.is_set():  # there may have been another pause before this had its turn
+                await self._resumed.wait()
             with anyio.CancelScope() as self._scope:
                 await work()
             self._scope = None

@@ -33,6 +33,11 @@ class Preset:
     windowed: bool = False
 
 
+def ring_cells(window: int) -> int:
+    """Blocks of a sequence that a ring keeps on disk for a window of so many tokens."""
+    return -(-window // BLOCK) + 3
+
+
 def _journal(record_nbytes: int, window: int | None) -> Layout:
     return JournalLayout()
 
@@ -50,7 +55,7 @@ PRESETS: dict[str, Preset] = {
         Preset("log-structured-journal", "log-structured-journal", "kv_cache_log_structured_journal", _journal),
         Preset(
             "sliding-window-ring-buffer", "sliding-window-ring-buffer", "kv_cache_sliding_window_ring_buffer",
-            lambda record, window: RingLayout(-(-(window or 1) // BLOCK) + 3, record), windowed=True,
+            lambda record, window: RingLayout(ring_cells(window or 1), record), windowed=True,
         ),
         Preset("quantized-cold-tier", "log-structured-journal", "kv_cache_quantized_cold_tier", _journal, codec=Int8Codec()),
         Preset("tiered-write-back", "log-structured-journal", "kv_cache_tiered_write_back/cold", _journal, WriteBack()),

@@ -31,7 +31,7 @@ class Scratch:
     @classmethod
     def open(cls, root: Path, calls: Calls = SYSTEM) -> Scratch:
         """A new folder under `root`, which is made with mode 0700. Blocking; raises `StoreError` where that is not possible."""
-        parent = Folder.make(root, calls)
+        parent = Folder.make(root, calls, "cache_dir")
         for name in parent.names():
             if name.startswith(PREFIX):
                 left = parent.child(name)

@@ -60,7 +60,7 @@ class Volume:
 
         Raises `StoreError` for one that a newer version wrote, or whose blocks are of another format.
         """
-        base = Folder.make(root, calls)
+        base = Folder.make(root, calls, "cache_dir")
         shelf = base.child(identity.hex)
         base.close()
         try:
