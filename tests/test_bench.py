@@ -190,12 +190,17 @@ def test_overlap_draws_the_last_pass(measured: tuple[dict[str, Any], Path]) -> N
     assert interval.seconds == pytest.approx(result["by_round"][-1]["pass_seconds"][-1], abs=1e-5)
 
 
-def test_overlap_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["overlap", "demo", "--tokens", "3", "--rounds", "1"]) == 0  # all of it fits in memory
+def test_overlap_prints_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in {"DISK_BACKEND": "portable", "PREFETCH_DEPTH": "5", "KV_CACHE_STRATEGY": "paged"}.items():
+        monkeypatch.setenv(f"AOLLM_RUNTIME__{name}", value)
+    typed = ["--prefetch-depth", "3", "--device", "cpu"]
+    assert main(["overlap", "demo", "--tokens", "3", "--rounds", "1", *typed]) == 0  # all of it fits in memory
     shown = capsys.readouterr()
     result = json.loads(shown.out.splitlines()[-1])
     assert result["bytes_per_pass"] == result["plan"]["streamed_nbytes_per_pass"] == 0
-    assert result["limiter"] == "compute"
+    assert result["limiter"] == "compute" and result["interrupted"] is False
+    assert [result[name] for name in ("disk_backend", "prefetch_depth", "kv_cache_strategy")] == ["portable", 3, "paged"]
+    assert [result["plan"][name] for name in ("disk_backend", "device", "kv_cache_strategy")] == ["portable", "cpu", "paged"]
     assert "overlap: demo" in shown.err and "of it reached" in shown.err
 
 
@@ -245,6 +250,9 @@ def test_plot_refuses_a_bad_file_in_one_line(kind: str, tmp_path: Path, capsys: 
         *((["overlap", "demo", f"--{name}", "/"], 2, f"{name}: / cannot be written") for name in ("output", "lanes")),
         (["overlap", "no-such-model"], 1, "no-such-model"),
         (["overlap", "demo", "--memory", "1MiB"], 1, "too small"),
+        (["overlap", "demo", "--device", "cuda:99"], 2, "device: there is no cuda:99"),
+        (["overlap", "demo", "--prefetch-depth", "0"], 2, "prefetch_depth"),
+        (["overlap", "demo", "--backend", "transformers-generic"], 1, "demo runs on transformers-generic"),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:

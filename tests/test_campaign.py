@@ -19,7 +19,8 @@ from aollm.bench.campaign import Campaign, Target
 from aollm.bench.history import LOG, SCHEMA
 from aollm.bench.lane import Lane, run
 from aollm.bench.probe import Probe, Work
-from aollm.bench.profiles import lanes_of, scaled
+from aollm.bench.profiles import SHARED, lanes_of, scaled
+from aollm.bench.scratch import Scratch
 from aollm.bench.spread import quiet, spread, steady
 from aollm.demo import MODEL
 from aollm.errors import ConfigError, RequestError
@@ -188,6 +189,10 @@ DEAF = "signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', file=sys.std
             "try: time.sleep(60)\nexcept KeyboardInterrupt: print(json.dumps({'values': {'warm': 1}}))",
             0.7, "partial", "ran over its 1 s", {"values": {"warm": 1}},
         ),
+        (
+            "try: time.sleep(60)\nexcept KeyboardInterrupt: print(json.dumps({'bench': 'overlap', 'by_round': [1]}))",
+            0.7, "partial", "ran over its 1 s", {"bench": "overlap", "by_round": [1]},
+        ),
     ],
 )  # fmt: skip
 def test_a_lane_comes_to_something(program: str, limit_s: float, state: str, reason: str | None, result: dict[str, Any] | None) -> None:
@@ -224,12 +229,36 @@ def test_every_lane_can_be_typed() -> None:
                 assert (given["memory"], given["device"], given["model_reference"]) == (str(1 << 30), "cpu", "demo")
 
 
+TYPED: dict[str, Any] = {
+    "device": "cuda:0", "memory": 1 << 30, "models_dir": "/models", "backend": "optimized-native", "kv_cache_lifecycle": "persistent",
+    "kv_cache_strategy": "sliding-window-ring-buffer", "kv_cache_window_tokens": 64, "strategy_selector_profile": "capacity",
+    "offload_cpu_layers": 2, "offload_cpu_policy": "suffix", "offload_gpu_layers": 3,
+}  # fmt: skip
+
+
+def test_every_lane_of_the_target_runs_it_as_it_was_typed() -> None:
+    config = RuntimeConfig.of("demo", TYPED)
+    assert TYPED.keys() == SHARED.keys() and all(getattr(config, name) != getattr(RuntimeConfig.of("demo", {}), name) for name in TYPED)
+    for lane in lanes_of(BenchmarkConfig.of({}), config, TYPED):
+        given = vars(parser().parse_args(lane.arguments))
+        probed = {name.removeprefix("probe_"): value for name, value in given.items()}
+        if lane.name != "plan-unspecialized":
+            assert RuntimeConfig.of("demo", {name: probed[name] for name in TYPED}) == config, lane.name
+
+
+@pytest.mark.parametrize(("configured", "typed", "kept"), [({}, {}, "0"), (TYPED, {}, None), (TYPED, TYPED, "2")])
+def test_overlap_streams_unless_it_is_said_what_stays(configured: dict[str, Any], typed: dict[str, Any], kept: str | None) -> None:
+    lanes = {lane.name: lane.arguments for lane in lanes_of(BenchmarkConfig.of({}), RuntimeConfig.of("demo", configured), typed)}
+    said = dict(zip(lanes["overlap"][2::2], lanes["overlap"][3::2], strict=True))
+    assert said.get("--offload-cpu-layers") == kept
+
+
 STUB = """
 import json, sys, pathlib
 state = json.loads(pathlib.Path(sys.argv[1]).read_text())
 arguments = sys.argv[2:]
 mode = arguments[arguments.index("--probe-mode") + 1] if "--probe-mode" in arguments else arguments[0]
-if mode in state["broken"]:
+if mode in state["broken"] and "--probe-tiny" not in arguments:
     sys.exit("aollm.bench: broken")
 names = {"prompt-scaling": ["prefill-32"], "warm": ["decode", "first-token"], "plan": ["plan-cpu"], "cold": ["cold-cpu"]}
 pace = state["pace"].pop(0) if mode == "warm" and len(state["pace"]) > 1 else state["pace"][0]
@@ -370,12 +399,24 @@ def test_what_fails_is_unavailable_and_the_rest_is_there(house: House, capsys: p
     states = {name: (lane["state"], lane["reason"]) for name, lane in result["lanes"].items()}
     assert states["warm"] == states["overlap"] == ("unavailable", "broken") and states["cold"] == ("measured", None)
     assert "unavailable: broken" in told and "warm/decode" not in result["values"]
-    everything = ("plan", "cold", "warm", "prompt-scaling", "output-scaling", "session-growth", "reopen-session-growth", "overlap")
-    assert house.run(broken=everything) == 1
-    assert shown(capsys)[0]["recorded"] is None and house.kept == 1
+    assert house.run(broken=MODES) == 1  # nothing of the target is measured
+    result, _ = shown(capsys)
+    measured = [name for name, lane in result["lanes"].items() if lane["state"] == "measured"]
+    assert measured == ["plan-unspecialized", "overlap"] and result["recorded"] is None and house.kept == 1
 
 
-def test_a_full_disk_or_a_strange_history_loses_nothing(house: House, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "pace", "verdict", "expected"),
+    [
+        ([], 0.005, "no regression", 0),
+        (["--fail-on-regression"], 0.005, "no regression", 1),
+        (["--fail-on-regression", "--no-record-history"], 0.005, "no regression", 0),
+        (["--fail-on-regression"], 0.006, "regression", 3),
+    ],
+)
+def test_a_full_disk_or_a_strange_history_loses_nothing(
+    arguments: list[str], pace: float, verdict: str, expected: int, house: House, capsys: pytest.CaptureFixture[str]
+) -> None:
     house.run()
     shown(capsys)
     log = house.folder / "history" / LOG
@@ -385,20 +426,34 @@ def test_a_full_disk_or_a_strange_history_loses_nothing(house: House, capsys: py
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        code = house.run()
+        code = house.run(*arguments, pace=(pace,))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     result, told = shown(capsys)
-    assert code == 0 and result["comparison"]["verdict"] == "no regression" and result["recorded"] is None
-    assert "newer version" in told and "cut short" in told and "the run is not kept" in told and "File too large" in told
+    assert (code, result["comparison"]["verdict"], result["recorded"]) == (expected, verdict, None)
+    assert "newer version" in told and "cut short" in told
+    assert ("the run is not kept" in told and "File too large" in told) is ("--no-record-history" not in arguments)
     assert log.read_bytes() == whole + newer + b"\n" + whole[: len(whole) // 2]
     assert sorted(os.listdir(log.parent)) == sorted([LOG, *(path.name for path in log.parent.glob("2*.json"))])
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [([], 0), (["--fail-on-regression"], 1)])
+def test_a_log_that_cannot_be_read_is_told(arguments: list[str], expected: int, house: House, capsys: pytest.CaptureFixture[str]) -> None:
+    (house.folder / "history" / LOG).mkdir(parents=True)
+    assert house.run("--no-record-history", *arguments) == expected
+    result, told = shown(capsys)
+    assert result["comparison"]["verdict"] == "not compared" and "cannot be read: Is a directory" in result["comparison"]["reason"]
+    assert f"{LOG} cannot be read" in told and {lane["state"] for lane in result["lanes"].values()} == {"measured"}
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--output", "no/such/folder/a.json"], "output"),
+        (["--device", "cuda:99"], "device: there is no cuda:99"),
+        (["--history-dir", __file__], "it is not a folder"),
+        (["--history-dir", f"{__file__}/deeper", "--no-record-history"], "it is not a folder"),
+        (["--history-dir", "/proc/history"], "cannot be used"),
         (["--output", "/"], "output"),
         (["--profile", "medium"], "profile"),
         (["--iterations", "0"], "iterations"),
@@ -449,6 +504,56 @@ def test_an_interrupted_run_prints_what_it_has(tmp_path: Path) -> None:
         assert result["interrupted"] is True and result["lanes"]["plan"]["state"] == "measured"
         assert "interrupted" in err and not (tmp_path / "h").exists()
         assert not Path(f"/proc/{children[0]}").exists()
+
+
+ENDED = {
+    "overlap": ["overlap", "demo", "--rounds", "1000", "--tokens", "3"],
+    "probe": ["--probe-runtime", "--probe-mode", "warm", "--probe-iterations", "1000"],
+}
+
+
+def test_a_lane_that_is_ended_prints_what_it_has_and_leaves_no_folder(tmp_path: Path) -> None:
+    cases = [("overlap", signal.SIGINT), ("probe", signal.SIGTERM), ("probe", signal.SIGKILL)]
+    roots = [tmp_path / f"{number}" for number in range(len(cases))]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "aollm.bench", *ENDED[kind]],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "AOLLM_RUNTIME__CACHE_DIR": str(root)},
+        )
+        for (kind, _), root in zip(cases, roots, strict=True)
+    ]  # fmt: skip
+    for process, (kind, sent), root in zip(running, cases, roots, strict=True):
+        assert process.stderr is not None
+        if kind == "overlap":
+            assert any(line.startswith("round 1 of 1000") for line in process.stderr)
+        while not list(root.glob("bench-*")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(sent)
+        out, _ = process.communicate(timeout=60)
+        if sent is signal.SIGKILL:
+            assert process.returncode == -sent and len(os.listdir(root)) == 1
+            with Scratch(root) as path:
+                assert os.listdir(root) == [path.name]
+        else:
+            result = json.loads(out)
+            assert process.returncode == 130 and result["bench"] == kind
+        assert os.listdir(root) == []
+        if kind == "overlap":
+            assert result["interrupted"] is True and result["rounds"] == 1000
+            assert 1 <= len(result["by_round"]) == len(result["drive_probes"]) - 1 < 1000
+
+
+def test_only_folders_that_nobody_uses_are_swept(tmp_path: Path) -> None:
+    dead, others = tmp_path / f"bench-{'0' * 16}", [tmp_path / name for name in ("bench-results", "bench-0123", "kv_cache_paged")]
+    for folder in (dead, *others):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text("")
+    (tmp_path / f"bench-{'1' * 16}").symlink_to(others[0])
+    with Scratch(tmp_path) as first, Scratch(tmp_path) as second:
+        assert first != second and first.is_dir() and second.is_dir() and not dead.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*(path.name for path in others), f"bench-{'1' * 16}"])
+    assert all((folder / "file").exists() for folder in others)
 
 
 def test_a_probe_by_hand_answers_in_json(capsys: pytest.CaptureFixture[str]) -> None:

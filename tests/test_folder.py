@@ -130,16 +130,18 @@ def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EPERM])
 def test_a_folder_that_cannot_be_written(number: int, folder: Folder) -> None:
     folder.swap("a", b"1")
-    readonly = Folder.open(folder.path, Refusing(number))
+    readonly = Folder.make(folder.path, Refusing(number), "cache_dir")
     assert readonly.read("a", 10) == b"1" and readonly.names() == ["a"]
     attempts: list[Callable[[], object]] = [
         lambda: readonly.append("a", 1, b"2"),
         lambda: readonly.append("b", 0, b"2"),
         lambda: readonly.swap("a", b"2"),
         lambda: readonly.lock("LOCK"),
+        lambda: readonly.child("inner"),
+        lambda: Folder.make(folder.path / "inner", Refusing(number), "cache_dir"),
     ]
     for attempt in attempts:
-        with pytest.raises(StoreError, match="choose another"):
+        with pytest.raises(StoreError, match=r"or choose another cache_dir$"):
             attempt()
     readonly.close()
 
@@ -154,6 +156,11 @@ class Refusing(Calls):
         if flags & (os.O_RDWR | os.O_CREAT):
             raise OSError(self.number, os.strerror(self.number))
         return super().open(name, flags, mode, folder)
+
+    def mkdir(self, name: str, folder: int | None = None) -> None:
+        if folder is None and os.path.exists(name):
+            raise FileExistsError(name)
+        raise OSError(self.number, os.strerror(self.number))
 
 
 def test_a_closed_folder_refuses(folder: Folder) -> None:

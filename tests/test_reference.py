@@ -263,7 +263,11 @@ def test_a_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("m.gguf", "m.gguf is a file, not a folder, and GGUF is not read; take the model"),
     ],
 )
-async def test_what_means_nothing_is_told(reference: str, message: str, tmp_path: Path) -> None:
+async def test_what_means_nothing_is_told(
+    reference: str, message: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path_factory.mktemp("working"))
+    Path("m.gguf").touch()
     with pytest.raises(ModelError) as caught:
         await find(reference, tmp_path)
     assert message in str(caught.value) and len(str(caught.value)) < 1000

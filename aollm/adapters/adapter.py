@@ -120,6 +120,8 @@ def _header(opened: BufferedReader, file: Path) -> dict[str, TensorEntry]:
     size = opened.seek(0, 2)
     opened.seek(0)
     start = opened.read(8)
+    if size == 0:
+        raise ValueError("the file is empty; download it again")
     if start == b"version ":
         raise ValueError("it is only a pointer, left by a clone without Git LFS; run `git lfs pull` in its folder")
     nbytes = int.from_bytes(start, "little")

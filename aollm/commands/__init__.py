@@ -21,8 +21,9 @@ def runtime_config(options: Mapping[str, Any]) -> RuntimeConfig:
     """The runtime's settings among `options`, and those that are configured. Raises `ConfigError`."""
     from ..settings import RuntimeConfig
 
+    given = {name: value for name, value in options.items() if name in RuntimeConfig.model_fields}
     try:
-        return RuntimeConfig.of(options.get("model"), {name: value for name, value in options.items() if name in RuntimeConfig.model_fields})
+        return RuntimeConfig.of(options.get("model"), given)
     except ConfigError as error:
         raise ConfigError(f"{error}{_meant(options, str(error))}") from None
 
@@ -45,7 +46,7 @@ def generation_config(options: Mapping[str, Any]) -> GenerationConfig:
 def _meant(options: Mapping[str, Any], problem: str) -> str:
     """The word that is nearest to the one that `problem` is about."""
     for name, value in options.items():
-        option = known(name) if f"{name}: should be" in problem else None
-        if option is not None and (near := difflib.get_close_matches(str(value), option.words, 1)):
+        option = known(name) if f"{name}: " in problem else None
+        if option is not None and value not in option.words and (near := difflib.get_close_matches(str(value), option.words, 1)):
             return f"; did you mean {near[0]}?"
     return ""
