@@ -27,7 +27,7 @@ from .families.base import Angles, Attend, Params, Route, Step, Tower, Work
 from .maths.attention import BLOCK, Block, attend
 from .piece import Piece
 from .placement import Place
-from .runtime_plan import RuntimePlan
+from .runtime_plan import DISK_CACHE, RuntimePlan
 from .settings import RuntimeConfig
 from .stores.presets import PRESETS
 from .stores.records import Records
@@ -56,7 +56,7 @@ async def validated(runtime: Assembled) -> RuntimePlan:
     seen = []
     for planned in runtime.plan.passes:
         try:
-            if planned.id == "disk-cache":
+            if planned.id == DISK_CACHE:
                 root = runtime.config.cache_dir / PRESETS[runtime.config.kv_cache_strategy].root
                 observed = await writes(runtime.model.cache.records, root, runtime.disk)
             else:
@@ -72,7 +72,7 @@ async def writes(records: Records | None, root: Path, disk: Disk) -> str:
     `DiskError` where that is not so."""
     folder = Path(records.volume.path) if records is not None else None
     if folder is None or not await anyio.to_thread.run_sync(_is_under, folder, root):
-        raise _fails("disk-cache", f"the store is at {folder}, not under {root}")
+        raise _fails(DISK_CACHE, f"the store is at {folder}, not under {root}")
     file, block = folder / "PROBE", memoryview(bytearray(os.urandom(4096)))
     back = memoryview(bytearray(4096))
     try:
@@ -84,7 +84,7 @@ async def writes(records: Records | None, root: Path, disk: Disk) -> str:
             with suppress(OSError):  # what keeps it from being removed kept it from being written
                 await anyio.to_thread.run_sync(file.unlink)
     if back != block:
-        raise _fails("disk-cache", f"{folder} gives back other bytes than were written")
+        raise _fails(DISK_CACHE, f"{folder} gives back other bytes than were written")
     return f"a block was written under {root} and read back"
 
 

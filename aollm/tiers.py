@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import anyio
 import anyio.to_thread
@@ -47,9 +47,6 @@ from .text import Text
 from .towers import Towers
 from .trace import Trace
 from .weights import Weights
-
-if TYPE_CHECKING:
-    pass
 
 
 class Carousel(Protocol):

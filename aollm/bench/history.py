@@ -23,7 +23,6 @@ from ..errors import ConfigError, StoreError
 
 SCHEMA = 1
 LOG = "summary.jsonl"
-LINE_LIMIT = 1 << 20
 
 Say = Callable[[str], None]
 
